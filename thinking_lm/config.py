@@ -1,0 +1,130 @@
+"""Config sections as frozen dataclasses, and the border where a ConfigDict becomes them.
+
+A ConfigDict is the command-line format only. Each section is a frozen dataclass in the file that reads it; its fields
+are declared with `option`, which holds the default, the documentation and the range in one place. `parse` turns the
+ConfigDict into the dataclasses and reports every fault at once, before anything is allocated.
+"""
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from thinking_lm.errors import ConfigError
+
+
+def option(default, doc: str, *, low=None, above=None, high=None, choices=None):
+  """A dataclass field of a config section.
+
+  Args:
+    default: the value when nobody says otherwise; its type is the field's annotation.
+    doc: one line for `--help` and for the reader.
+    low: smallest allowed number, inclusive. above: the same, exclusive. high: largest allowed number, inclusive.
+    choices: the allowed names (a table or any iterable of strings).
+  """
+  metadata = dict(doc=doc, low=low, above=above, high=high, choices=None if choices is None else tuple(choices))
+  return dataclasses.field(default=default, metadata=metadata)
+
+
+def pick(table: Mapping[str, Any], name: str, what: str):
+  """`table[name]`, or a ConfigError that lists what the table knows."""
+  if name not in table:
+    raise ConfigError(f"unknown {what} {name!r}; known: {', '.join(sorted(table))}")
+  return table[name]
+
+
+def to_config_dict(section) -> ml_collections.ConfigDict:
+  """The locked ConfigDict that shows a dataclass (nested dataclasses become nested ConfigDicts)."""
+  values = {}
+  for field in dataclasses.fields(section):
+    value = getattr(section, field.name)
+    values[field.name] = to_config_dict(value) if dataclasses.is_dataclass(value) else value
+  return ml_collections.ConfigDict(values).lock()
+
+
+def parse(cls: type, mapping: Mapping[str, Any]):
+  """The dataclass that `mapping` describes.
+
+  Raises:
+    ConfigError: with one line for every unknown key, wrong type, non-finite number, value out of range, and every
+      line that the sections' own `faults()` methods (rules across fields) give.
+  """
+  faults: list[str] = []
+  section = _parse(cls, mapping, "config", faults)
+  if faults:
+    raise ConfigError(faults)
+  return section
+
+
+def _parse(cls, mapping, path, faults):
+  fields = {field.name: field for field in dataclasses.fields(cls)}
+  hints = typing.get_type_hints(cls)
+  before = len(faults)
+  for key in mapping:
+    if key not in fields:
+      near = difflib.get_close_matches(key, fields, n=1)
+      hint = f"; did you mean {path}.{near[0]}?" if near else ""
+      faults.append(f"unknown key {path}.{key}{hint} known: {', '.join(fields)}")
+  values = {}
+  for name, field in fields.items():
+    if name not in mapping:
+      continue
+    value, where = mapping[name], f"{path}.{name}"
+    if dataclasses.is_dataclass(hints[name]):
+      if isinstance(value, Mapping | ml_collections.ConfigDict):
+        values[name] = _parse(hints[name], value, where, faults)
+      else:
+        faults.append(f"{where} must be a section, got {value!r}")
+    else:
+      values[name] = _check(value, hints[name], field.metadata, where, faults)
+  if len(faults) > before:
+    return None
+  section = cls(**values)
+  if hasattr(section, "faults"):
+    faults.extend(f"{path}: {line}" for line in section.faults())
+  return section
+
+
+def _check(value, kind, metadata, where, faults):
+  if typing.get_origin(kind) is tuple:
+    if not isinstance(value, list | tuple):
+      faults.append(f"{where} must be a tuple, got {value!r}")
+      return ()
+    return tuple(_check(item, typing.get_args(kind)[0], metadata, where, faults) for item in value)
+  if kind is float and type(value) is int:
+    value = float(value)
+  if type(value) is not kind:
+    faults.append(f"{where} must be {kind.__name__}, got {value!r} ({type(value).__name__})")
+    return value
+  if kind is float and not math.isfinite(value):
+    faults.append(f"{where} must be finite, got {value!r}")
+    return value
+  low, above, high, choices = (metadata[key] for key in ("low", "above", "high", "choices"))
+  if choices is not None and value not in choices:
+    faults.append(f"{where}: unknown name {value!r}; known: {', '.join(choices)}")
+  elif low is not None and value < low:
+    faults.append(f"{where} must be at least {low}, got {value!r}")
+  elif above is not None and value <= above:
+    faults.append(f"{where} must be greater than {above}, got {value!r}")
+  elif high is not None and value > high:
+    faults.append(f"{where} must be at most {high}, got {value!r}")
+  return value
+
+
+def describe(cls: type, path: str = "config") -> str:
+  """One line per option: its path, default and documentation. This is the config part of `--help`."""
+  lines = []
+  for field in dataclasses.fields(cls):
+    where = f"{path}.{field.name}"
+    kind = typing.get_type_hints(cls)[field.name]
+    if dataclasses.is_dataclass(kind):
+      lines.append(describe(kind, where))
+    else:
+      choices = field.metadata["choices"]
+      names = f" [{', '.join(choices)}]" if choices else ""
+      lines.append(f"  --{where}={field.default!r}: {field.metadata['doc']}{names}")
+  return "\n".join(lines)

@@ -1,0 +1,78 @@
+"""What can go wrong for a user, each with its exit code, and the one place that turns it into one clear line.
+
+A message says what was got, what is possible and how to mend it. Anything that is not one of these is a defect of
+ours and keeps its traceback.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app
+
+
+class ThinkingLMError(Exception):
+  """Base of every error whose message is meant for the user; `exit_code` is what the process ends with."""
+
+  exit_code = 1
+
+
+class UsageError(ThinkingLMError):
+  """The command line is wrong."""
+
+  exit_code = 64
+
+
+class DataError(ThinkingLMError):
+  """Input data, or every checkpoint, is damaged or unusable."""
+
+  exit_code = 65
+
+
+class DivergedError(ThinkingLMError):
+  """Training stopped making sense: too many non-finite steps in a row, or no progress over several attempts."""
+
+  exit_code = 70
+
+
+class WorkdirError(ThinkingLMError):
+  """The work directory cannot be created, written or locked."""
+
+  exit_code = 73
+
+
+class SaveError(ThinkingLMError):
+  """Writing a checkpoint failed; a retry may succeed."""
+
+  exit_code = 74
+
+
+class Preempted(ThinkingLMError):
+  """A signal asked the run to stop; its state is saved and the same command goes on from it."""
+
+  exit_code = 75
+
+
+class ConfigError(ThinkingLMError):
+  """The configuration, or a checkpoint of another configuration. Lists every fault at once."""
+
+  exit_code = 78
+
+  def __init__(self, faults: str | Sequence[str]):
+    self.faults = [faults] if isinstance(faults, str) else list(faults)
+    super().__init__("\n".join(self.faults))
+
+
+def run(main: Callable[[Sequence[str]], object]) -> None:
+  """`absl.app.run` for a command of ours: a ThinkingLMError becomes its lines on stderr and its exit code."""
+
+  def guarded(argv: Sequence[str]) -> None:
+    try:
+      if len(argv) > 1:
+        raise UsageError(f"unexpected argument {argv[1]!r}; options start with --, see --help")
+      main(argv)
+    except ThinkingLMError as error:
+      for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr, flush=True)
+      sys.exit(error.exit_code)
+
+  app.run(guarded)

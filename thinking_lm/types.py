@@ -1,0 +1,128 @@
+"""The glossary, and the few structures that travel between the parts.
+
+Axis letters (a name ends in its axes: `logp_BGT`):
+  B rows of a batch            T real tokens of a row         N anchors of a row (places where it thinks)
+  G samples of a thought       J think slots of one thought   M look-ahead tokens after a thought
+  S slots of the interleaved stream (real and think)          V vocabulary         D model width
+  H query heads                K key-value heads              E width of a head    F width of the MLP    L layers
+  Q queries of one call        C real tokens of a block       R blocks of a row    P streams of one call (own keys each)
+
+Terms:
+  anchor      a real token after which the model thinks, before it predicts that token's target
+  thought     what is emitted at one anchor: J think slots, that is n think tokens and, with delimiters, START and STOP
+  placement   WHERE thoughts go: batch -> Layout
+  topology    WHICH keys a slot sees: `persistent` (thoughts stay in context) or `private` (only the thought itself and
+              its look-ahead see it)
+  kind        WHAT a think token is: pause, latent, soft, gumbel, sampled
+  halting     WHEN a thought ends
+  rollout     the one place that runs the model over real and think slots; gives a Trace
+  trace       what a rollout leaves for an objective: log-probabilities, never the model
+  outcome     log p(y | x, z): the summed log-probability of the look-ahead targets of one thought
+  advantage   the reward of a thought minus its baseline; it multiplies grad log pi(z | x)
+
+Units: nats for log-probabilities, bits per byte where said, FLOPs (a multiply-add is two), seconds.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from flax import struct
+
+Params = Any
+"""A nested dict of float32 arrays: what `Decoder.init` gives and every gradient has the shape of."""
+
+
+@struct.dataclass
+class Batch:
+  """Rows of real tokens. On the host these are numpy arrays, on the device jax arrays.
+
+  tokens_BT: int32 inputs in [0, vocabulary.size).
+  targets_BT: int32, what position t must predict: usually the next token, for a tagging task the label at t.
+  weights_BT: float32, weight of that prediction in every loss and metric (0 where there is nothing to predict).
+  segments_BT: int32 document number within the row, from 1; 0 is padding. Attention never crosses documents.
+  positions_BT: int32 position within the document, from 0.
+  ids_B: uint32 global example index (step * global_batch + row): random keys derive from it, so that the numbers do
+    not depend on how rows are spread over micro-batches, devices or hosts.
+  """
+
+  tokens_BT: jax.Array
+  targets_BT: jax.Array
+  weights_BT: jax.Array
+  segments_BT: jax.Array
+  positions_BT: jax.Array
+  ids_B: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Vocabulary:
+  """What the model and the placements must know of a tokenizer.
+
+  size: number of real token ids.
+  document: the id that starts every document, and that is the target of a document's last token.
+  bytes_V: int32 bytes that each token stands for (0 for `document`), for bits per byte.
+  sentence_V: int8 class of each token: 0 other, 1 ends in sentence punctuation, 2 is white space, 3 ends a sentence
+    on its own. A sentence ends at a token of class 3, or of class 2 right after one of class 1: a causal rule, so that
+    where a model thinks never tells it what comes next.
+  """
+
+  size: int
+  document: int
+  bytes_V: np.ndarray
+  sentence_V: np.ndarray
+
+
+@struct.dataclass
+class Layout:
+  """Where each row thinks. Static shapes: a row with fewer than N anchors is filled up with invalid ones.
+
+  anchors_BN: int32 index into T of the anchor, ascending over the valid ones; T where invalid.
+  """
+
+  anchors_BN: jax.Array
+
+
+@struct.dataclass
+class Thoughts:
+  """The think tokens of a rollout: enough to put the same thoughts (or others) back in.
+
+  inputs_BGNJD: embeddings that were fed at the think tokens (delimiters excluded).
+  tokens_BGNJ: int32 ids for `sampled` and `gumbel`, the most likely id for `soft`, -1 for `latent` and `pause`.
+  """
+
+  inputs_BGNJD: jax.Array
+  tokens_BGNJ: jax.Array
+
+
+@struct.dataclass
+class Trace:
+  """What a rollout leaves for an objective. Log-probabilities are in nats and differentiable.
+
+  logp_BGT: log p(target_t | real tokens <= t and the thoughts that t may see).
+  hit_BGT: bool, the target is the most likely real token.
+  weights_BT: the batch's weights.
+  base_logp_BT: the same without any thought, where the topology computes it anyway (`private`); else None.
+  ahead_logp_BGNA, ahead_weights_BNA: predictions that only exist because a private thought looks further ahead than
+    one token (A = M - 1, the targets of anchor + 1 ... anchor + M - 1); None otherwise.
+  outcome_BGN: log p(y | x, z) of each thought, weighted by the targets' weights; 0 where invalid.
+  policy_logp_BGN: log pi(z | x) summed over the sampled think tokens; 0 for kinds that sample nothing, and where
+    invalid.
+  entropy_BGN: entropy of the thought's token distributions, mean over its tokens, in nats; 0 as above.
+  valid_BN: bool, the anchor exists.
+  used_BGN: int32 think tokens used (delimiters excluded).
+  thoughts: the thoughts themselves, without gradient.
+  """
+
+  logp_BGT: jax.Array
+  hit_BGT: jax.Array
+  weights_BT: jax.Array
+  base_logp_BT: jax.Array | None
+  ahead_logp_BGNA: jax.Array | None
+  ahead_weights_BNA: jax.Array | None
+  outcome_BGN: jax.Array
+  policy_logp_BGN: jax.Array
+  entropy_BGN: jax.Array
+  valid_BN: jax.Array
+  used_BGN: jax.Array
+  thoughts: Thoughts
