@@ -1,0 +1,246 @@
+"""The decoder: a pre-norm transformer whose one call serves training, thinking and cached decoding.
+
+A call runs P parallel streams of Q queries each. All streams may share a set of past keys (a prefix, a cache) and each
+may have keys of its own (a private thought so far); a plain forward pass is the case P = 1 without either.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from thinking_lm.config import option
+from thinking_lm.model.layers import MASKED, Keys, RMSNorm, attention, matmul, parameter, rotate
+from thinking_lm.types import Params
+
+REMAT = dict(
+  none=lambda layer: layer,
+  dots=lambda layer: jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+  full=jax.checkpoint,
+)
+"""What the backward pass keeps of a layer: everything, matrix products with weights, or only the layer's input."""
+
+DTYPES = dict(float32=jnp.float32, bfloat16=jnp.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Sizes and variants of the decoder. Parameters are float32 always."""
+
+  layers: int = option(2, "number of layers", low=1)
+  width: int = option(128, "width D of the residual stream", low=2)
+  heads: int = option(4, "query heads H", low=1)
+  kv_heads: int = option(4, "key-value heads K (grouped-query attention when fewer than heads)", low=1)
+  head_width: int = option(0, "width E of a head; 0 means width / heads", low=0)
+  mlp_width: int = option(0, "width F of the SwiGLU MLP; 0 means 8/3 width, rounded up to a multiple of 32", low=0)
+  qk_norm: bool = option(False, "RMSNorm on queries and keys of each head (arXiv:2302.05442)")
+  rope_base: float = option(10_000.0, "base of the rotary positions", above=1)
+  tie_embeddings: bool = option(True, "read out with the embedding table")
+  logit_cap: float = option(0.0, "soft cap c tanh(logits / c); 0 is off (Gemma 2, arXiv:2408.00118)", low=0)
+  latent_map: str = option(
+    "identity",
+    "what a latent thought does to the normalised last hidden state before it is fed back",
+    choices=("identity", "linear"),
+  )
+  compute_dtype: str = option("float32", "type of activations and matrix products", choices=DTYPES)
+  remat: str = option("none", "what the backward pass recomputes", choices=REMAT)
+  vocabulary_multiple: int = option(1, "rows of the embedding table are rounded up to a multiple of this", low=1)
+
+  def faults(self) -> list[str]:
+    """Rules across fields."""
+    found = []
+    if self.head_width == 0 and self.width % self.heads:
+      found.append(f"width {self.width} does not divide into {self.heads} heads; set head_width or change either")
+    if self.heads % self.kv_heads:
+      found.append(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
+    if self.resolved_head_width % 2:
+      found.append(f"a head must have an even width for rotary positions, got {self.resolved_head_width}")
+    return found
+
+  @property
+  def resolved_head_width(self) -> int:
+    """E."""
+    return self.head_width or self.width // self.heads
+
+  @property
+  def resolved_mlp_width(self) -> int:
+    """F."""
+    return self.mlp_width or -(-self.width * 8 // 3 // 32) * 32
+
+
+class Cache(NamedTuple):
+  """Keys and values of all layers: [L, B, S, K, E] when shared by the streams, [L, B, P, S, K, E] when their own."""
+
+  k: jax.Array
+  v: jax.Array
+
+
+class Seen(NamedTuple):
+  """Cached keys that a call may look at. mask_BPQS: bool, broadcast over B, P and Q."""
+
+  cache: Cache
+  mask_BPQS: jax.Array
+
+
+class Layer(nnx.Module):
+  """x + attention(norm(x)), then x + SwiGLU(norm(x))."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    self.config = config
+    D, F, E = config.width, config.resolved_mlp_width, config.resolved_head_width
+    H, K = config.heads, config.kv_heads
+    out_scale = (2 * config.layers) ** -0.5
+    self.attention_norm = RMSNorm(D, "embed")
+    self.query = parameter(rngs, (D, H * E), ("embed", "heads"), D**-0.5)
+    self.key = parameter(rngs, (D, K * E), ("embed", "kv_heads"), D**-0.5)
+    self.value = parameter(rngs, (D, K * E), ("embed", "kv_heads"), D**-0.5)
+    self.out = parameter(rngs, (H * E, D), ("heads", "embed"), (H * E) ** -0.5 * out_scale)
+    self.mlp_norm = RMSNorm(D, "embed")
+    self.gate = parameter(rngs, (D, F), ("embed", "mlp"), D**-0.5)
+    self.up = parameter(rngs, (D, F), ("embed", "mlp"), D**-0.5)
+    self.down = parameter(rngs, (F, D), ("mlp", "embed"), F**-0.5 * out_scale)
+    if config.qk_norm:
+      self.query_norm = RMSNorm(E, None)
+      self.key_norm = RMSNorm(E, None)
+
+  def __call__(self, x_BPQD, positions_BPQ, mask_BPQQ, past: Keys | None, own: Keys | None):
+    """Returns (x_BPQD, (k_BPQKE, v_BPQKE)): the new activations and this call's own keys and values."""
+    c, E = self.config, self.config.resolved_head_width
+    h = self.attention_norm(x_BPQD)
+    q, k, v = (
+      matmul(h, w[...]).reshape(*h.shape[:-1], -1, E) for w in (self.query, self.key, self.value)
+    )
+    if c.qk_norm:
+      q, k = self.query_norm(q), self.key_norm(k)
+    q, k = (rotate(a, positions_BPQ, c.rope_base) for a in (q, k))
+    seen = [keys for keys in (past, own) if keys is not None]
+    mixed = attention(q, [*seen, Keys(k, v, mask_BPQQ)])
+    x = x_BPQD + matmul(mixed.reshape(*h.shape[:-1], -1), self.out[...])
+    h = self.mlp_norm(x)
+    x = x + matmul(jax.nn.silu(matmul(h, self.gate[...])) * matmul(h, self.up[...]), self.down[...])
+    return x, (k, v)
+
+
+class Decoder(nnx.Module):
+  """The decoder over a vocabulary of real tokens and three control rows: START, STOP and PAUSE.
+
+  The control rows are rows of the embedding table and never a real token: `logits` masks them, so they cannot be
+  predicted, sampled, or produced by text.
+  """
+
+  def __init__(self, config: ModelConfig, vocabulary_size: int, rngs: nnx.Rngs):
+    self.config, self.vocabulary_size = config, vocabulary_size
+    D, multiple = config.width, config.vocabulary_multiple
+    rows = -(-(vocabulary_size + 3) // multiple) * multiple
+    self.embedding = parameter(rngs, (rows, D), ("vocab", "embed"), D**-0.5)
+    stack = nnx.vmap(
+      lambda rngs: Layer(config, rngs), axis_size=config.layers, transform_metadata={nnx.PARTITION_NAME: "layers"}
+    )
+    self.layers = nnx.split_rngs(splits=config.layers)(stack)(rngs)
+    self.final_norm = RMSNorm(D, "embed")
+    if not config.tie_embeddings:
+      self.head = parameter(rngs, (D, rows), ("embed", "vocab"), D**-0.5)
+    if config.latent_map == "linear":
+      self.latent = nnx.Param(init(None, (D, D), jnp.float32))
+
+  @property
+  def start(self) -> int:
+    """Row that opens a thought."""
+    return self.vocabulary_size
+
+  @property
+  def stop(self) -> int:
+    """Row that closes a thought."""
+    return self.vocabulary_size + 1
+
+  @property
+  def pause(self) -> int:
+    """Row of the pause thought."""
+    return self.vocabulary_size + 2
+
+  def embed(self, tokens):
+    """Embeddings [..., D] of integer ids [...], of unit mean square at initialisation, as the final norm's output is."""
+    return self._scale(self.embedding[...].at[tokens].get(mode="clip"))
+
+  def mix(self, weights):
+    """Weighted mean of embeddings [..., D]; weights [..., rows] over the rows of the table."""
+    return self._scale(matmul(weights, self.embedding[...]))
+
+  def _scale(self, rows):
+    return (rows * self.config.width**0.5).astype(DTYPES[self.config.compute_dtype])
+
+  def feedback(self, hidden):
+    """The input of a latent thought from the hidden state before it, both [..., D] (Coconut, arXiv:2412.06769)."""
+    return hidden if self.config.latent_map == "identity" else matmul(hidden, self.latent[...])
+
+  def logits(self, hidden):
+    """float32 logits [..., rows] of hidden states [..., D]; everything that is no real token is masked."""
+    head = self.embedding[...].T if self.config.tie_embeddings else self.head[...]
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    logits = jnp.dot(flat, head.astype(flat.dtype), preferred_element_type=jnp.float32)
+    if self.config.logit_cap:
+      logits = self.config.logit_cap * jnp.tanh(logits / self.config.logit_cap)
+    logits = jnp.where(jnp.arange(head.shape[-1]) < self.vocabulary_size, logits, MASKED)
+    return logits.reshape(*hidden.shape[:-1], -1)
+
+  def __call__(self, x_BPQD, positions_BPQ, mask_BPQQ, past: Seen | None = None, own: Seen | None = None):
+    """Runs P streams of Q inputs through all layers.
+
+    Args:
+      x_BPQD: inputs (from `embed`, `mix` or `feedback`). positions_BPQ: rotary positions.
+      mask_BPQQ: bool, which of this call's own inputs each query sees.
+      past: cached keys that all streams share. own: cached keys of each stream.
+
+    Returns:
+      (hidden_BPQD after the final norm, Cache of this call's keys and values [L, B, P, Q, K, E]).
+    """
+    graph, layers = nnx.split(self.layers)
+
+    def body(x, scanned):
+      params, past_cache, own_cache = scanned
+      sets = (
+        None if seen is None else Keys(cache.k, cache.v, seen.mask_BPQS)
+        for seen, cache in ((past, past_cache), (own, own_cache))
+      )
+      return nnx.merge(graph, params)(x, positions_BPQ, mask_BPQQ, *sets)
+
+    caches = (None if seen is None else seen.cache for seen in (past, own))
+    x, (k, v) = jax.lax.scan(REMAT[self.config.remat](body), x_BPQD, (layers, *caches))
+    return self.final_norm(x), Cache(k, v)
+
+
+class Model:
+  """The decoder as pure functions of its parameters.
+
+  init(key): params, a nested dict of float32 arrays. axes: the same dict with the logical name of every axis.
+  bind(params): a Decoder that holds them, for use inside a traced function.
+  """
+
+  def __init__(self, config: ModelConfig, vocabulary_size: int):
+    self.config, self.vocabulary_size = config, vocabulary_size
+    self._graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, vocabulary_size, nnx.Rngs(params=0))))
+    self.shapes = nnx.to_pure_dict(state)
+    self.axes = _axes(state)
+
+  def init(self, key) -> Params:
+    """Fresh parameters."""
+    return nnx.to_pure_dict(nnx.split(Decoder(self.config, self.vocabulary_size, nnx.Rngs(params=key)))[1])
+
+  def bind(self, params: Params) -> Decoder:
+    """The decoder with these parameters."""
+    return nnx.merge(self._graph, params)
+
+
+def _axes(state):
+  """Nested dict of the logical axis names that `parameter` put on each variable."""
+  return {
+    name: tuple(value.get_metadata("out_sharding")) if isinstance(value, nnx.Variable) else _axes(value)
+    for name, value in state.items()
+  }
+
+
+def _identity(key, shape, dtype):
+  del key  # an initializer's signature
+  return jnp.eye(*shape, dtype=dtype)

@@ -1,0 +1,64 @@
+"""The config section of a thought: the four questions, and which answers cannot be combined."""
+
+import dataclasses
+
+from thinking_lm.config import option
+from thinking_lm.thoughts.halting import HALTING
+from thinking_lm.thoughts.placement import PLACEMENTS
+from thinking_lm.thoughts.tokens import KINDS
+from thinking_lm.thoughts.topology import ROTARY, TOPOLOGIES
+
+
+@dataclasses.dataclass(frozen=True)
+class ThoughtConfig:
+  """WHERE thoughts go, WHICH keys they see, WHAT they are made of and WHEN they end. length = 0 is the plain decoder."""
+
+  placement: str = option("every", "WHERE: which real tokens are followed by a thought", choices=PLACEMENTS)
+  stride: int = option(8, "placement=stride: think after every so many tokens of a document", low=1)
+  positions: tuple[int, ...] = option((), "placement=explicit: think after these positions of each document", low=0)
+  cap: int = option(0, "most thoughts in a row; 0 means no cap (sentence needs one when the row is long)", low=0)
+  topology: str = option("persistent", "WHICH: who sees a thought", choices=TOPOLOGIES)
+  rotary: str = option("advance", "rotary positions: thoughts advance them, or share their anchor's", choices=ROTARY)
+  kind: str = option("latent", "WHAT: the kind of a think token", choices=KINDS)
+  length: int = option(0, "n think tokens in a thought, START and STOP not counted; 0 is the plain decoder", low=0)
+  delimiters: bool = option(False, "put the START and STOP rows around the think tokens")
+  temperature: float = option(1.0, "of soft, gumbel and sampled tokens; sampled at 0 is the most likely token", low=0)
+  top_k: int = option(0, "soft: keep only the k most likely tokens and renormalise; 0 keeps all", low=0)
+  halting: str = option("fixed", "WHEN: what ends a thought", choices=HALTING)
+  samples: int = option(1, "G thoughts drawn per anchor (private) or streams per row (persistent)", low=1)
+  lookahead: int = option(1, "m real tokens that make a thought's outcome; 0 is the rest of the document", low=0)
+  rescore: bool = option(
+    True, "sampled: draw without gradients, then score all in one parallel pass; false differentiates the drawing scan"
+  )
+
+  def faults(self) -> list[str]:
+    """Combinations that mean nothing, each with its reason."""
+    found = []
+    kind = KINDS.get(self.kind)
+    if self.length and kind and not kind.stochastic and self.samples > 1:
+      found.append(f"samples {self.samples} of kind {self.kind!r} would all be equal: it draws nothing; use samples 1")
+    if self.topology == "private" and self.lookahead == 0:
+      found.append("lookahead 0 (the rest of the document) needs topology 'persistent': a private thought is seen by "
+                   "its own look-ahead only; give a number of tokens")
+    if self.kind in ("soft", "gumbel") and self.temperature == 0:
+      found.append(f"kind {self.kind!r} needs a temperature above 0; a very small one is nearly hard")
+    if self.placement == "explicit" and not self.positions:
+      found.append("placement 'explicit' needs positions, such as (3, 7)")
+    if self.length and self.placement == "none":
+      found.append("placement 'none' never thinks; set length 0 or another placement")
+    return found
+
+  @property
+  def slots(self) -> int:
+    """J, the slots that one thought takes: its think tokens and the delimiters around them."""
+    return self.length + 2 * self.delimiters if self.length else 0
+
+  @property
+  def opening(self) -> int:
+    """Slots of a thought before its first think token."""
+    return int(self.delimiters)
+
+  @property
+  def kind_of(self):
+    """The entry of KINDS."""
+    return KINDS[self.kind]

@@ -1,0 +1,109 @@
+"""WHAT a think token is: the kinds.
+
+Each kind is a pure function of the hidden state before the token:
+
+    kind(model, hidden_XD, keys_X, config) -> (input_XD, token_X)
+
+`input_XD` is fed to the decoder as the next think token; `token_X` is its id, -1 where there is none. `model` offers
+`logits`, `embed`, `mix` and `feedback`. `keys_X` are random keys, one for each of the X thoughts.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+def pause(model, hidden_XD, keys_X, config):
+  """One learned embedding, whatever came before (Goyal et al. 2023, arXiv:2310.02226)."""
+  del keys_X, config
+  shape = hidden_XD.shape[:-1]
+  return model.embed(jnp.full(shape, model.pause)), jnp.full(shape, -1)
+
+
+def latent(model, hidden_XD, keys_X, config):
+  """The normalised last hidden state, fed back (Coconut, Hao et al. 2024, arXiv:2412.06769)."""
+  del keys_X, config
+  return model.feedback(hidden_XD), jnp.full(hidden_XD.shape[:-1], -1)
+
+
+def soft(model, hidden_XD, keys_X, config):
+  """The mean embedding under softmax(logits / temperature), of the top_k tokens if set (CoT2, arXiv:2505.23648)."""
+  del keys_X
+  logits_XV = model.logits(hidden_XD)
+  if config.top_k:
+    smallest = jax.lax.top_k(logits_XV, config.top_k)[0][..., -1:]
+    logits_XV = jnp.where(logits_XV >= smallest, logits_XV, -1e30)
+  weights_XV = jax.nn.softmax(logits_XV / config.temperature).astype(hidden_XD.dtype)
+  return model.mix(weights_XV), jnp.argmax(logits_XV, axis=-1)
+
+
+def gumbel(model, hidden_XD, keys_X, config):
+  """Straight-through Gumbel-softmax: a hard token forward, the relaxed one backward (Jang et al. 2016, 1611.01144).
+
+  The token is distributed as softmax(logits) at any temperature: the temperature shapes the gradient only, and a small
+  one is not greedy.
+  """
+  logits_XV = model.logits(hidden_XD)
+  noise_XV = jax.vmap(lambda key: jax.random.gumbel(key, logits_XV.shape[-1:]))(keys_X.reshape(-1))
+  perturbed_XV = logits_XV + noise_XV.reshape(logits_XV.shape)
+  relaxed_XV = jax.nn.softmax(perturbed_XV / config.temperature)
+  token_X = jnp.argmax(perturbed_XV, axis=-1)
+  hard_XV = jax.nn.one_hot(token_X, logits_XV.shape[-1])
+  weights_XV = hard_XV + relaxed_XV - jax.lax.stop_gradient(relaxed_XV)
+  return model.mix(weights_XV.astype(hidden_XD.dtype)), token_X
+
+
+def sampled(model, hidden_XD, keys_X, config):
+  """A token drawn from softmax(logits / temperature); the most likely one at temperature 0."""
+  token_X = draw(model.logits(hidden_XD), keys_X, config.temperature)
+  return model.embed(token_X), token_X
+
+
+def draw(logits_XV, keys_X, temperature: float):
+  """Token ids drawn from softmax(logits / temperature) by inverting the cumulative distribution.
+
+  One uniform number a token: at a large vocabulary, Gumbel noise for every entry would cost as much as the model.
+  """
+  if temperature == 0:
+    return jnp.argmax(logits_XV, axis=-1)
+  weights_XV = jnp.exp((logits_XV - logits_XV.max(axis=-1, keepdims=True)) / temperature)
+  cumulative_XV = jnp.cumsum(weights_XV, axis=-1)
+  uniform_X = jax.vmap(jax.random.uniform)(keys_X.reshape(-1)).reshape(keys_X.shape)
+  return jnp.sum(cumulative_XV <= uniform_X[..., None] * cumulative_XV[..., -1:], axis=-1).astype(jnp.int32)
+
+
+def log_policy(logits_XV, token_X, temperature: float):
+  """(log pi(token), entropy of pi), nats, of the same distribution that `draw` samples from.
+
+  At temperature 0 the policy is a point mass: both are 0.
+  """
+  if temperature == 0:
+    zero_X = jnp.zeros(token_X.shape)
+    return zero_X, zero_X
+  logp_XV = jax.nn.log_softmax(logits_XV / temperature)
+  entropy_X = -jnp.sum(jnp.exp(logp_XV) * logp_XV, axis=-1)
+  return jnp.take_along_axis(logp_XV, token_X[..., None], axis=-1)[..., 0], entropy_X
+
+
+class Kind(NamedTuple):
+  """A kind and what is true of it.
+
+  step: the function above. stochastic: it draws, so samples differ. policy: its tokens have a log-probability that a
+  policy gradient can use. serial: each think token needs the hidden state before it.
+  """
+
+  step: Callable
+  stochastic: bool
+  policy: bool
+  serial: bool
+
+
+KINDS = dict(
+  pause=Kind(pause, stochastic=False, policy=False, serial=False),
+  latent=Kind(latent, stochastic=False, policy=False, serial=True),
+  soft=Kind(soft, stochastic=False, policy=False, serial=True),
+  gumbel=Kind(gumbel, stochastic=True, policy=False, serial=True),
+  sampled=Kind(sampled, stochastic=True, policy=True, serial=True),
+)
