@@ -1,0 +1,41 @@
+# Needs make and Python 3.11 or newer, nothing else: every command first sees to its own virtual environment.
+#   PYTHON=...  the interpreter to build it with      ARGS=...  more arguments for the command, e.g. ARGS="-x tests/data"
+
+PYENV_312 = $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.12*/bin/python)
+LOCKS = requirements/lock-py311.txt requirements/lock-py312.txt requirements/install.sh setup.py
+
+# Two workers with one compute thread each. XLA reads NPROC as its number of threads.
+# The workers and the processes they start share one compilation cache.
+PYTEST = NPROC=1 OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache \
+  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-latest lint clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "  %-18s %s\n", $$1, $$2 }'
+
+quickstart: .venv/.installed  ## train two small models that think, and print what it bought (6 minutes on 2 cores)
+	.venv/bin/python -m thinking_lm.quickstart $(ARGS)
+
+test: .venv/.installed  ## run every test
+	$(PYTEST) .venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+test-latest: .venv-latest/.installed  ## the same on Python 3.12 with the newest JAX
+	$(PYTEST) .venv-latest/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+lint: .venv/.installed  ## check style and format
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+
+clean:  ## remove environments, caches and build products; never runs/
+	rm -rf .venv .venv-latest .jax_cache .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.installed: $(LOCKS)
+	@sh requirements/install.sh .venv 3.11 3.99 $(or $(PYTHON),python3.11 python3 python3.12 python3.13 python3.14)
+	@touch $@
+
+.venv-latest/.installed: $(LOCKS)
+	@sh requirements/install.sh .venv-latest 3.12 3.12 $(or $(PYTHON),python3.12 python3 $(PYENV_312))
+	@touch $@
