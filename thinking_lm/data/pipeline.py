@@ -1,0 +1,397 @@
+"""From a DataConfig to batches: rows with random access, shuffled, sharded by host, prefetched.
+
+The position in the data is one integer, the step. Example g = step * global_batch + row of the endless shuffled stream
+is row shuffle(g) of the split, whatever the number of hosts, workers or threads, so that any step can be replayed and
+a run may go on with other hosts. Epoch e is example rows * e to rows * (e + 1) - 1: each row once.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import grain
+import numpy as np
+
+from thinking_lm import config, types
+from thinking_lm.data import prepared, sources, tasks, tokenizer
+from thinking_lm.errors import ConfigError, DataError
+
+SOURCES = ("default", "task", "arrayrecord", *sources.DOCUMENTS)
+ENDLESS = 2**62
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where the data comes from and how it becomes rows."""
+
+  source: str = config.option("default", "default: the embedded corpus; task: a synthetic task", choices=SOURCES)
+  input: str = config.option("", "text, jsonl: globs separated by commas; arrayrecord: the directory that prepare made")
+  validation_input: str = config.option("", "the same for validation, instead of a share of `input`")
+  test_input: str = config.option("", "the same for test, instead of a share of `input`")
+  field: str = config.option("text", "jsonl: the field that holds the text")
+  tokenizer: str = config.option("bytes", "bytes, tokenizers:PATH or sentencepiece:PATH; a task brings its own")
+  sequence_length: int = config.option(256, "tokens of a row; 0: as long as the task's longest example", low=0)
+  packing: bool = config.option(True, "rows cut from one stream of all documents; otherwise one document a row")
+  division: str = config.option(
+    "auto",
+    "how validation and test get their share: whole documents by hash, the tail of each document, or auto (tail for "
+    "fewer than 50 packed documents, else hash)",
+    choices=sources.DIVISIONS,
+  )
+  validation_fraction: float = config.option(0.05, "share of `input` for validation", low=0.0, high=0.9)
+  test_fraction: float = config.option(0.05, "share of `input` for test", low=0.0, high=0.9)
+  on_bad_utf8: str = config.option("error", "bytes that are not UTF-8: stop, or put U+FFFD", choices=sources.POLICIES)
+  on_empty: str = config.option("error", "empty documents: stop, or skip", choices=sources.EMPTY_POLICIES)
+  memory_limit_mb: int = config.option(4096, "most memory for a corpus that was not prepared", low=1)
+  verify: bool = config.option(False, "arrayrecord: read everything and compare sha256 before the start")
+  task: tasks.TaskConfig = config.option(tasks.TaskConfig(), "the synthetic task")  # noqa: RUF009 (frozen)
+  seed: int = config.option(0, "seed of the order and of the task's examples", low=0, high=2**32 - 1)
+  threads: int = config.option(2, "threads that make batches ahead (in each worker); 0: none", low=0, high=256)
+  prefetch: int = config.option(4, "batches made ahead", low=1, high=10000)
+  workers: int = config.option(0, "processes that make batches; 0: this one", low=0, high=256)
+
+  def faults(self) -> list[str]:
+    """Rules across fields."""
+    faults = []
+    if self.sequence_length == 0 and self.source != "task":
+      faults.append(f"sequence_length=0 is for source=task; give the tokens of a row for source={self.source}")
+    if self.source in ("default", "task") and (self.input or self.validation_input or self.test_input):
+      faults.append(f"input is not read with source={self.source}; see source=text, jsonl or arrayrecord")
+    if self.source not in ("default", "task") and not self.input:
+      faults.append(f"source={self.source} needs input")
+    if self.validation_fraction + self.test_fraction > 0.95:
+      faults.append("validation_fraction + test_fraction must be at most 0.95")
+    return faults
+
+
+class Rows(Protocol):
+  """A split with random access."""
+
+  def __len__(self) -> int:
+    """Number of rows."""
+
+  def read(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, targets and weights of one row: at most T of each, all of one length; the rest is padding."""
+
+
+class PackedRows:
+  """Documents laid out as one stream, each as border + tokens, cut into rows of T.
+
+  Row i inputs stream[i T : (i + 1) T] and predicts the stream shifted by one; the stream's end predicts a border. So
+  every token and border is an input once and a target once. Needs only the lengths of the documents.
+  """
+
+  def __init__(self, corpus: sources.Corpus, spans: sources.Spans, length: int, border: int):
+    self._corpus, self._spans, self._length, self._border = corpus, spans, length, border
+    self._ends_N = np.cumsum(spans.stop_N - spans.start_N + 1)
+
+  def __len__(self) -> int:
+    return -(-int(self._ends_N[-1]) // self._length) if len(self._ends_N) else 0
+
+  def read(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    begin, total = index * self._length, int(self._ends_N[-1])
+    end = min(begin + self._length, total)
+    stream = self._slice(begin, min(end + 1, total))
+    targets = stream[1:] if end < total else np.append(stream[1:], np.int32(self._border))
+    return stream[: end - begin], targets, np.ones(end - begin, np.float32)
+
+  def _slice(self, begin: int, end: int) -> np.ndarray:
+    """int32 stream[begin:end]."""
+    pieces = []
+    number = int(np.searchsorted(self._ends_N, begin, side="right"))
+    while begin < end:
+      start, stop, last = (int(array[number]) for array in (self._spans.start_N, self._spans.stop_N, self._ends_N))
+      offset = begin - (last - (stop - start) - 1)
+      if offset == 0:
+        pieces.append(np.array([self._border], np.int32))
+        begin, offset = begin + 1, 1
+      take = min(end, last) - begin
+      if take > 0:
+        first = start + offset - 1
+        pieces.append(self._corpus.tokens(int(self._spans.document_N[number]), first, first + take))
+      begin += max(take, 0)
+      number += 1
+    return np.concatenate(pieces, dtype=np.int32)
+
+
+class DocumentRows:
+  """One document a row: border + tokens in, tokens + border out."""
+
+  def __init__(self, corpus: sources.Corpus, spans: sources.Spans, length: int, border: int):
+    self._corpus, self._spans = corpus, spans
+    self._border = np.array([border], np.int32)
+    sizes_N = spans.stop_N - spans.start_N + 1
+    if len(sizes_N) and sizes_N.max() > length:
+      number = int(sizes_N.argmax())
+      raise DataError(
+        f"{corpus.name(int(spans.document_N[number]))}: {sizes_N[number]} tokens with its border, more than "
+        f"sequence_length={length}; raise it, or data.packing=True"
+      )
+
+  def __len__(self) -> int:
+    return len(self._spans.document_N)
+
+  def read(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    spans = self._spans
+    document, start, stop = int(spans.document_N[index]), int(spans.start_N[index]), int(spans.stop_N[index])
+    ids = self._corpus.tokens(document, start, stop).astype(np.int32)
+    inputs, targets = np.concatenate([self._border, ids]), np.concatenate([ids, self._border])
+    return inputs, targets, np.ones(len(inputs), np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskRows:
+  """One example of a task a row."""
+
+  task: tasks.Task
+  seed: int
+  split: str
+
+  def __len__(self) -> int:
+    return self.task.count(self.split)
+
+  def read(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    example = self.task.example(self.seed, self.split, index)
+    return example.tokens, example.targets, example.weights
+
+
+def assemble(rows: list[tuple], length: int, ids_B: np.ndarray, vocabulary: types.Vocabulary) -> types.Batch:
+  """A batch of rows padded to `length` (weight 0, segment 0, token 0). None stands for a row of nothing but padding.
+
+  Segments are told apart by borders in the tokens, which no text encodes to. Raises DataError for an id outside the
+  vocabulary: on the device it would be clamped, or turn into NaN or a zero loss, in silence.
+  """
+  shape = (len(rows), length)
+  tokens_BT, targets_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+  weights_BT, real_BT = np.zeros(shape, np.float32), np.zeros(shape, bool)
+  for number, row in enumerate(rows):
+    if row is not None:
+      size = len(row[0])
+      tokens_BT[number, :size], targets_BT[number, :size], weights_BT[number, :size] = row
+      real_BT[number, :size] = True
+  for array in (tokens_BT, targets_BT):
+    if array.size and not 0 <= array.min() <= array.max() < vocabulary.size:
+      raise DataError(
+        f"example {int(ids_B[np.argwhere((array < 0) | (array >= vocabulary.size))[0][0]])}: token ids reach from "
+        f"{array.min()} to {array.max()}, but the vocabulary has {vocabulary.size}"
+      )
+  starts_BT = (tokens_BT == vocabulary.document) & real_BT
+  starts_BT[:, :1] = real_BT[:, :1]
+  place_T = np.arange(length, dtype=np.int32)
+  begun_BT = np.maximum.accumulate(np.where(starts_BT, place_T, 0), axis=1)
+  return types.Batch(
+    tokens_BT=tokens_BT,
+    targets_BT=targets_BT,
+    weights_BT=weights_BT,
+    segments_BT=np.where(real_BT, np.cumsum(starts_BT, axis=1, dtype=np.int32), 0).astype(np.int32),
+    positions_BT=np.where(real_BT, place_T - begun_BT, 0).astype(np.int32),
+    ids_B=ids_B,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchMaker:
+  """step -> this process' batch of it; what Grain's threads and workers run."""
+
+  rows: Rows
+  order: grain.MapDataset | None
+  length: int
+  global_batch: int
+  begin: int
+  end: int
+  vocabulary: types.Vocabulary
+
+  def __call__(self, step: int) -> types.Batch:
+    first = step * self.global_batch
+    examples = range(first + self.begin, first + self.end)
+    ids_B = np.array([example % 2**32 for example in examples], np.uint32)
+    return assemble([self._row(example) for example in examples], self.length, ids_B, self.vocabulary)
+
+  def _row(self, example: int):
+    if self.order is not None:
+      return self.rows.read(int(self.order[example]))
+    return self.rows.read(example) if example < len(self.rows) else None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Data:
+  """What `build` gives.
+
+  vocabulary, tokenizer: of the tokens. digest: hexadecimal sha256 of everything that decides which example has which
+  number: source content, tokenizer, and the options that change rows or order. sequence_length: T. task: the synthetic
+  task, or None. counts: how often something was mended or skipped because the config asked for it.
+  """
+
+  options: DataConfig
+  vocabulary: types.Vocabulary
+  tokenizer: tokenizer.Tokenizer
+  digest: str
+  sequence_length: int
+  task: tasks.Task | None
+  counts: Mapping[str, int]
+  splits: Mapping[str, Rows]
+
+  def rows(self, split: str) -> int:
+    """Rows of a split (0 where the config gives it no data)."""
+    return len(config.pick(self.splits, split, "split"))
+
+  def batches(
+    self, split: str, *, global_batch: int, start_step: int = 0, process_index: int = 0, process_count: int = 1
+  ) -> Iterator[types.Batch]:
+    """Endless batches from `start_step` on, shuffled anew every epoch; this process' contiguous share of each.
+
+    Leaves are numpy arrays. `ids_B` is step * global_batch + row, modulo 2**32.
+
+    Raises:
+      DataError: the split has fewer rows than a batch.
+      ConfigError: the processes do not divide the batch.
+    """
+    rows = self.rows(split)
+    if rows < global_batch:
+      raise DataError(
+        f"{split} has {rows} rows of {self.sequence_length} tokens, fewer than a batch of {global_batch}; "
+        "give more data, a smaller batch or a shorter data.sequence_length"
+      )
+    seed = hashlib.sha256(f"{self.options.seed}/{split}".encode()).digest()[:4]
+    order = grain.MapDataset.range(rows).shuffle(seed=int.from_bytes(seed, "big")).repeat()
+    maker = self._maker(split, order, global_batch, process_index, process_count)
+    return self._iterate(maker, start_step, ENDLESS)
+
+  def evaluation_batches(
+    self, split: str, *, batch_size: int, process_index: int = 0, process_count: int = 1, limit: int | None = None
+  ) -> Iterator[types.Batch]:
+    """One pass in order over the first `limit` rows (default all), in global batches of `batch_size`.
+
+    Every process gets equally many batches; rows past the end have weight 0 and segment 0. `ids_B` is the row.
+    """
+    rows = config.pick(self.splits, split, "split")
+    if not len(rows):
+      raise DataError(f"{split} has no rows; see data.{split}_input and data.{split}_fraction")
+    count = len(rows) if limit is None else min(limit, len(rows))
+    maker = self._maker(split, None, batch_size, process_index, process_count, _First(rows, count))
+    return self._iterate(maker, 0, -(-count // batch_size))
+
+  def examples(self, split: str, count: int) -> list[tasks.Example]:
+    """The first `count` examples of a task's split, in order (fewer if it has fewer)."""
+    if self.task is None:
+      raise ConfigError(f"examples are for data.source=task, not {self.options.source}")
+    return [self.task.example(self.options.seed, split, index) for index in range(min(count, self.rows(split)))]
+
+  def _maker(self, split, order, size, process_index, process_count, rows=None) -> BatchMaker:
+    if size % process_count:
+      raise ConfigError(f"a batch of {size} does not divide over {process_count} processes")
+    local = size // process_count
+    begin = process_index * local
+    rows = self.splits[split] if rows is None else rows
+    return BatchMaker(rows, order, self.sequence_length, size, begin, begin + local, self.vocabulary)
+
+  def _iterate(self, maker: BatchMaker, start: int, stop: int) -> Iterator[types.Batch]:
+    threads, ahead, workers = self.options.threads, self.options.prefetch, self.options.workers
+    steps = grain.MapDataset.range(start, stop).map(maker)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead if threads else 0)
+    dataset = steps.to_iter_dataset(options)
+    if workers:
+      dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead))
+    return iter(dataset)
+
+
+@dataclasses.dataclass(frozen=True)
+class _First:
+  """The first `count` rows of a split."""
+
+  rows: Rows
+  count: int
+
+  def __len__(self) -> int:
+    return self.count
+
+  def read(self, index: int):
+    return self.rows.read(index)
+
+
+def build(options: DataConfig) -> Data:
+  """Reads, checks and indexes the data.
+
+  Raises:
+    ConfigError: a glob without files, an unknown tokenizer, a prepared directory of another tokenizer.
+    DataError: unusable content; the message names the file, line or document.
+  """
+  return _build_task(options) if options.source == "task" else _build_documents(options)
+
+
+def _digest(options: DataConfig, contents: Mapping[str, str], encoder: tokenizer.Tokenizer) -> str:
+  """Of contents, tokenizer and options; where the data lies and how fast it is read do not count."""
+  ignored = {"input", "validation_input", "test_input", "tokenizer", "memory_limit_mb", "verify"}
+  ignored |= {"threads", "prefetch", "workers"} | ({"task"} if options.source != "task" else set())
+  kept = {name: value for name, value in dataclasses.asdict(options).items() if name not in ignored}
+  text = json.dumps([kept, contents, encoder.digest], sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _build_task(options: DataConfig) -> Data:
+  task = tasks.build(options.task)
+  longest = max(task.longest(task.length(split)) for split in sources.SPLITS)
+  length = options.sequence_length or longest
+  if longest > length:
+    raise DataError(
+      f"task {options.task.name}: an example takes up to {longest} tokens, more than data.sequence_length={length}; "
+      "raise it, or 0 for the task's own"
+    )
+  splits = {split: TaskRows(task, options.seed, split) for split in sources.SPLITS}
+  digest = _digest(options, {}, task.tokenizer)
+  return Data(options, task.tokenizer.vocabulary, task.tokenizer, digest, length, task, {}, splits)
+
+
+def _build_documents(options: DataConfig) -> Data:
+  encoder = tokenizer.from_name(options.tokenizer)
+  counts: dict[str, int] = {}
+  parts, contents = _parts(options, encoder, counts)
+  make = PackedRows if options.packing else DocumentRows
+  border, length = encoder.vocabulary.document, options.sequence_length
+  splits = {split: make(corpus, spans, length, border) for split, (corpus, spans) in parts.items()}
+  return Data(options, encoder.vocabulary, encoder, _digest(options, contents, encoder), length, None, counts, splits)
+
+
+def _parts(options: DataConfig, encoder: tokenizer.Tokenizer, counts: dict[str, int]):
+  """The corpus and the spans of each split, and the digests of the corpora read."""
+  if options.source == "default":
+    corpus = sources.MemoryCorpus(iter(sources.embedded_documents()), encoder, options.memory_limit_mb)
+    names = [sources.embedded_split(corpus.name(number)) for number in range(len(corpus.lengths_N))]
+    parts = {split: (corpus, sources.whole(corpus, np.array(names) == split)) for split in sources.SPLITS}
+    return parts, dict(input=corpus.digest)
+  main = _corpus(options, "input", encoder, counts)
+  own = {split: name for split in ("validation", "test") if getattr(options, name := f"{split}_input")}
+  shares = [0.0 if split in own else getattr(options, f"{split}_fraction") for split in ("validation", "test")]
+  division = "hash" if options.division == "auto" and not options.packing else options.division
+  spans = sources.DIVISIONS[division](main, *shares)
+  parts = {split: (main, spans[split]) for split in sources.SPLITS}
+  contents = dict(input=main.digest)
+  for split, name in own.items():
+    corpus = _corpus(options, name, encoder, counts)
+    parts[split] = (corpus, sources.whole(corpus, np.ones(len(corpus.lengths_N), bool)))
+    contents[name] = corpus.digest
+  if not len(parts["train"][1].document_N):
+    raise DataError(
+      f"train has no documents: all {len(main.lengths_N)} of data.input went to validation and test; "
+      "give more documents, data.division=tail, or smaller fractions"
+    )
+  return parts, contents
+
+
+def _corpus(options: DataConfig, name: str, encoder: tokenizer.Tokenizer, counts: dict[str, int]) -> sources.Corpus:
+  """The corpus that one of the `input` options names."""
+  where = getattr(options, name)
+  if options.source == "arrayrecord":
+    corpus = prepared.PreparedCorpus(where, encoder, verify=options.verify)
+  else:
+    policy = sources.Policy(options.field, options.on_bad_utf8, options.on_empty)
+    files = sources.paths(where, f"data.{name}")
+    documents = sources.DOCUMENTS[options.source](files, policy, counts)
+    corpus = sources.MemoryCorpus(documents, encoder, options.memory_limit_mb)
+  if not len(corpus.lengths_N):
+    raise DataError(f"data.{name}={where!r} has no documents left; {counts.get('empty_skipped', 0)} were empty")
+  if int(corpus.lengths_N.sum()) < 2:
+    raise DataError(f"{corpus.name(0)}: the whole of data.{name} is one token; there is nothing to learn from it")
+  return corpus

@@ -1,0 +1,255 @@
+"""Synthetic tasks: pure functions of (seed, split, index), each with a verifier.
+
+Example `index` of a split is drawn from a Philox stream whose key is a hash of (task, seed, split) and the index, so
+any example is made without the others, and no stream serves two splits. Streams differ, inputs may still coincide:
+where a task has few distinct inputs (a word problem has order ** length of them, so Z2 of length 8 has 256), evaluation
+examples occur in training too, and accuracy measures fitting and not generalisation.
+
+Two shapes of task. A *tagging* task labels every token (targets are labels, not next tokens; no document border). A
+*text* task is a prompt and an answer in bytes, laid out as border, prompt, answer; only the answer and the border that
+ends it have weight, unless `weigh_prompt`.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from thinking_lm import config
+from thinking_lm.data.tokenizer import ByteTokenizer, SymbolTokenizer, Tokenizer
+from thinking_lm.errors import ConfigError
+
+MAX_ORDER = 720
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """One example as token arrays of one length (int32, int32, float32), and as prompt and expected answer.
+
+  prompt, answer: the bytes of the two; for a tagging task the symbols and the labels by name.
+  """
+
+  tokens: np.ndarray
+  targets: np.ndarray
+  weights: np.ndarray
+  prompt: bytes
+  answer: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What a line of TASKS makes of a TaskConfig.
+
+  draw: (generator, length) -> Example.
+  score: (expected answer, given answer), both bytes -> [0, 1].
+  longest: length -> most tokens that an example of it takes.
+  """
+
+  options: "TaskConfig"
+  tokenizer: Tokenizer
+  draw: Callable[[np.random.Generator, int], Example]
+  verify: Callable[[bytes, bytes], float]
+  longest: Callable[[int], int]
+
+  def length(self, split: str) -> int:
+    """Elements of an example of this split."""
+    return self.options.length if split == "train" else self.options.eval_length or self.options.length
+
+  def count(self, split: str) -> int:
+    """Examples of the split (of one epoch, for train)."""
+    return self.options.train_examples if split == "train" else self.options.eval_examples
+
+  def example(self, seed: int, split: str, index: int) -> Example:
+    """The example; the same arguments give the same one, in any process and order."""
+    return self.draw(generator(self.options.name, seed, split, index), self.length(split))
+
+  def score(self, example: Example, answer: bytes | Sequence[int]) -> float:
+    """How right an answer (bytes, or token ids up to an optional border) is, in [0, 1]."""
+    if not isinstance(answer, bytes):
+      ids = np.asarray(answer, np.int64)
+      ends = np.flatnonzero(ids == self.tokenizer.vocabulary.document)
+      answer = self.tokenizer.decode(ids[: ends[0]] if ends.size else ids)
+    return self.verify(example.answer, answer)
+
+
+@functools.lru_cache(maxsize=64)
+def _stream(name: str, seed: int, split: str) -> int:
+  return int.from_bytes(hashlib.sha256(f"{name}/{seed}/{split}".encode()).digest()[:8], "big")
+
+
+def generator(name: str, seed: int, split: str, index: int) -> np.random.Generator:
+  """The random stream of one example."""
+  return np.random.Generator(np.random.Philox(key=np.array([_stream(name, seed, split), index], np.uint64)))
+
+
+def exact_match(expected: bytes, given: bytes) -> float:
+  """1 if the answers are equal but for white space around them, else 0."""
+  return float(expected.strip() == given.strip())
+
+
+def label_accuracy(expected: bytes, given: bytes) -> float:
+  """The share of labels (names separated by white space) that are right; missing and surplus ones count as wrong."""
+  labels, guesses = expected.split(), given.split()
+  right = sum(label == guess for label, guess in zip(labels, guesses, strict=False))
+  return right / max(len(labels), len(guesses), 1)
+
+
+@functools.lru_cache(maxsize=16)
+def parse_group(name: str) -> tuple[tuple[str, ...], np.ndarray]:
+  """Names of a group's elements and its table: table[a, b] is the product a b (for permutations: first a, then b).
+
+  Zn: integers modulo n under addition. Sn, An: all, or the even, permutations of n points in lexicographic order, named
+  by the images of 0, 1, ...
+  """
+  match = re.fullmatch(r"([ZSA])([1-9]\d{0,3})", name)
+  kind, n = (match[1], int(match[2])) if match else ("", 0)
+  if kind == "Z" and 2 <= n <= MAX_ORDER:
+    return tuple(map(str, range(n))), np.add.outer(np.arange(n), np.arange(n)).astype(np.int32) % n
+  if kind in ("S", "A") and (2 if kind == "S" else 3) <= n <= 6:
+    points = [p for p in itertools.permutations(range(n)) if kind == "S" or _even(p)]
+    number = {p: i for i, p in enumerate(points)}
+    table = [[number[tuple(b[image] for image in a)] for b in points] for a in points]
+    return tuple("".join(map(str, p)) for p in points), np.array(table, np.int32)
+  raise ConfigError(f"unknown group {name!r}; known: Z2 ... Z{MAX_ORDER}, S2 ... S6, A3 ... A6")
+
+
+def _even(permutation: Sequence[int]) -> bool:
+  return sum(a > b for a, b in itertools.combinations(permutation, 2)) % 2 == 0
+
+
+def word_problem(options: "TaskConfig") -> Task:
+  """Running product: tokens are `length` group elements, uniform; the label at t is x_1 x_2 ... x_t.
+
+  The identity problem of Barrington (1989): for S5 the label needs depth (NC1-complete), for Z_n and S3 less.
+  """
+  names, _ = parse_group(options.group)
+  tokenizer = SymbolTokenizer(names)
+  draw = functools.partial(_draw_word_problem, options.group, tokenizer)
+  return Task(options, tokenizer, draw, label_accuracy, int)
+
+
+def _draw_word_problem(group: str, tokenizer: SymbolTokenizer, random: np.random.Generator, length: int) -> Example:
+  names, table = parse_group(group)
+  tokens = random.integers(len(names), size=length, dtype=np.int32)
+  labels = list(itertools.accumulate(tokens.tolist(), lambda a, b: int(table[a, b])))
+  targets = np.array(labels, np.int32)
+  return Example(tokens, targets, np.ones(length, np.float32), tokenizer.decode(tokens), tokenizer.decode(targets))
+
+
+def _text_task(options: "TaskConfig", write: Callable, longest: Callable[[int], int]) -> Task:
+  draw = functools.partial(_draw_text, write, options)
+  return Task(options, ByteTokenizer(), draw, exact_match, longest)
+
+
+def _draw_text(write: Callable, options: "TaskConfig", random: np.random.Generator, length: int) -> Example:
+  prompt, answer = write(options, random, length)
+  text = np.frombuffer(prompt + answer, np.uint8).astype(np.int32)
+  border = np.array([256], np.int32)
+  weights = np.ones(len(text) + 1, np.float32)
+  if not options.weigh_prompt:
+    weights[: len(prompt)] = 0.0
+  return Example(np.concatenate([border, text]), np.concatenate([text, border]), weights, prompt, answer)
+
+
+def modular_arithmetic(options: "TaskConfig") -> Task:
+  """`length` operands below the modulus, joined by + - * and worked from left to right (no precedence), modulo m.
+
+  Example with modulus 10: prompt `3+9*2=`, answer `4`.
+  """
+  digits = len(str(options.modulus - 1))
+  return _text_task(options, _write_arithmetic, lambda length: 1 + length * (digits + 1) + digits)
+
+
+def _write_arithmetic(options: "TaskConfig", random: np.random.Generator, length: int) -> tuple[bytes, bytes]:
+  operands = random.integers(options.modulus, size=length).tolist()
+  signs = [""] + ["+-*"[i] for i in random.integers(3, size=length - 1)]
+  value = 0
+  for sign, operand in zip(signs, operands, strict=True):
+    value = dict([("", operand), ("+", value + operand), ("-", value - operand), ("*", value * operand)])[sign]
+  text = "".join(sign + str(operand) for sign, operand in zip(signs, operands, strict=True))
+  return f"{text}=".encode(), str(value % options.modulus).encode()
+
+
+def last_letter(options: "TaskConfig") -> Task:
+  """The last letters of `length` random words of 2 to 6 letters: prompt `tree axe=`, answer `ee` (Wei et al. 2022)."""
+  return _text_task(options, _write_last_letter, lambda length: 1 + 7 * length + length)
+
+
+def _write_last_letter(options: "TaskConfig", random: np.random.Generator, length: int) -> tuple[bytes, bytes]:
+  sizes = random.integers(2, 7, size=length).tolist()
+  letters = random.integers(ord("a"), ord("z") + 1, size=sum(sizes), dtype=np.uint8).tobytes()
+  ends = list(itertools.accumulate(sizes))
+  words = [letters[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+  return b" ".join(words) + b"=", b"".join(word[-1:] for word in words)
+
+
+def variable_tracking(options: "TaskConfig") -> Task:
+  """`length` statements that set a variable to a number or to a variable plus a number, modulo m; one is asked for.
+
+  Statements are sentences, so that a model may think between them (after Self-Notes, Lanchantin et al. 2023). Example
+  with modulus 10: prompt `a=7. b=a+5. a=b+1. a?`, answer `3`.
+  """
+  digits = len(str(options.modulus - 1))
+  return _text_task(options, _write_tracking, lambda length: 1 + length * (6 + digits) + 2 + digits)
+
+
+def _write_tracking(options: "TaskConfig", random: np.random.Generator, length: int) -> tuple[bytes, bytes]:
+  values: dict[str, int] = {}
+  statements = []
+  for left, right, number, fresh in zip(
+    random.integers(options.variables, size=length).tolist(),
+    random.random(length).tolist(),
+    random.integers(options.modulus, size=length).tolist(),
+    (random.random(length) < 0.2).tolist(),
+    strict=True,
+  ):
+    name, known = chr(ord("a") + left), sorted(values)
+    if fresh or not known:
+      statements.append(f"{name}={number}. ")
+      values[name] = number
+    else:
+      other = known[int(right * len(known))]
+      statements.append(f"{name}={other}+{number}. ")
+      values[name] = (values[other] + number) % options.modulus
+  asked = sorted(values)[int(random.integers(len(values)))]
+  return ("".join(statements) + f"{asked}?").encode(), str(values[asked]).encode()
+
+
+TASKS = dict(
+  word_problem=word_problem,
+  modular_arithmetic=modular_arithmetic,
+  last_letter=last_letter,
+  variable_tracking=variable_tracking,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+  """Which synthetic task, and how hard."""
+
+  name: str = config.option("word_problem", "the task", choices=TASKS)
+  length: int = config.option(12, "elements, operands, words or statements of one training example", low=1, high=100000)
+  eval_length: int = config.option(0, "the same for validation and test; 0: as in training", low=0, high=100000)
+  group: str = config.option("S3", "word_problem: the group, Zn, Sn or An")
+  modulus: int = config.option(10, "modular_arithmetic, variable_tracking: results are modulo this", low=2, high=1000)
+  variables: int = config.option(4, "variable_tracking: how many variables", low=1, high=26)
+  weigh_prompt: bool = config.option(False, "text tasks: prompt tokens have weight 1 too")
+  train_examples: int = config.option(2**20, "examples of one training epoch", low=1, high=2**32 - 1)
+  eval_examples: int = config.option(512, "examples of validation, and of test", low=1, high=2**32 - 1)
+
+  def faults(self) -> list[str]:
+    """Rules across fields."""
+    try:
+      parse_group(self.group)
+    except ConfigError as error:
+      return error.faults
+    return []
+
+
+def build(options: TaskConfig) -> Task:
+  """The task that the options describe."""
+  return config.pick(TASKS, options.name, "task")(options)
