@@ -1,0 +1,60 @@
+"""Trains a model, or goes on training it.
+
+  python -m thinking_lm.train --config=configs/NAME.py --workdir=DIR [--config.key=value ...]
+
+The same command on the same work directory goes on from its newest checkpoint. Exit codes: 0 finished, 64 wrong command
+line, 65 damaged data or checkpoints, 70 diverged, 73 work directory unusable or in use, 74 a checkpoint could not be
+written, 75 stopped by a signal with everything saved, 78 wrong config. After 74 and 75 the same command may simply be
+started again.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from thinking_lm import config as config_lib
+from thinking_lm import errors
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; --config.key=value changes a key of it.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, created if missing; gs:// paths also work.")
+
+
+def main(argv) -> None:
+  """Parses the config, builds the experiment and trains it."""
+  del argv
+  if _CONFIG.value is None or not _WORKDIR.value:
+    raise errors.UsageError("--config=configs/NAME.py and --workdir=DIR are needed; see --help")
+  import jax
+
+  from thinking_lm import experiment
+  from thinking_lm.training import loop, workdir
+
+  config = experiment.parse(_CONFIG.value)
+  if config.train.distributed:
+    jax.distributed.initialize()
+  built = experiment.build(config)
+  run = loop.Run(
+    init_fn=built.init,
+    axes=built.axes,
+    loss_fn=built.loss_fn,
+    data=built.data,
+    train=config.train,
+    checkpoint=config.checkpoint,
+    optimizer=config.optimizer,
+    mesh=config.mesh,
+    resolved_config=config_lib.to_config_dict(config).to_dict(),
+  )
+  loop.train(run, _WORKDIR.value)
+  path = workdir.resolve(_WORKDIR.value)
+  print(f"checkpoints: {path / 'checkpoints'}\nmetrics: {path / 'metrics.jsonl'}\ntensorboard: {path / 'tensorboard'}")
+
+
+def _help() -> str:
+  """The module's docstring and every config option, for `--help`."""
+  from thinking_lm import experiment
+
+  return f"{__doc__}\nConfig options:\n{config_lib.describe(experiment.ExperimentConfig)}\n".replace("%", "%%")
+
+
+if __name__ == "__main__":
+  __doc__ = _help()  # What absl prints for --help.
+  errors.run(main)

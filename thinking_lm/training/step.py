@@ -1,0 +1,112 @@
+"""The training step: gradients of a sum over the global batch, one division, and an update only if all is finite."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from thinking_lm import types
+from thinking_lm.metrics import Mean
+from thinking_lm.training.state import Skips, TrainState
+
+LossFn = Callable[[types.Params, types.Batch, jax.Array], tuple[jax.Array, dict[str, Mean]]]
+"""(params, batch, key) -> (sum of the losses, metrics); `metrics['loss'].count` is what the sum is divided by."""
+
+StepFn = Callable[[TrainState, types.Batch, jax.Array], tuple[TrainState, dict[str, Mean]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+  """accumulation: micro-batches of a step. ema: decay of the averaged parameters, 0 for none."""
+
+  accumulation: int = 1
+  ema: float = 0.0
+
+
+def _split(batch: types.Batch, parts: int) -> types.Batch:
+  """[B, ...] -> [parts, B / parts, ...]. Micro-batch a takes the rows a, a + parts, ...: a device, which holds
+  consecutive rows, then has the same share of each micro-batch and nothing travels.
+  """
+
+  def split(rows):
+    return rows.reshape(rows.shape[0] // parts, parts, *rows.shape[1:]).swapaxes(0, 1)
+
+  return jax.tree.map(split, batch)
+
+
+def gradients(loss_fn: LossFn, params: types.Params, batch: types.Batch, key: jax.Array, accumulation: int):
+  """(gradient of the mean loss, metrics) over the whole batch.
+
+  Sums of gradients and counts are added over the micro-batches and divided once by the global count (1 if that is
+  0), so that the result does not depend on how the rows are cut. `key` is the same for all micro-batches: the loss
+  derives its randomness from `batch.ids_B`.
+  """
+
+  def part(rows):
+    (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, rows, key)
+    return grads, metrics
+
+  if accumulation == 1:
+    grads, metrics = part(batch)
+  else:
+    rows = _split(batch, accumulation)
+    shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], rows))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def add(total, rows):
+      return jax.tree.map(jnp.add, total, part(rows)), None
+
+    (grads, metrics), _ = jax.lax.scan(add, zeros, rows)
+  count = jnp.maximum(metrics["loss"].count, 1.0)
+  return jax.tree.map(lambda g: g / count, grads), metrics
+
+
+def _select(good: jax.Array, new: Any, old: Any) -> Any:
+  """`new` where `good`, else `old`, bit for bit: a product with 0 would let a NaN through."""
+  return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+
+
+def make_train_step(
+  loss_fn: LossFn, optimizer: optax.GradientTransformation, schedule: optax.Schedule, config: StepConfig
+) -> StepFn:
+  """(state, batch, key) -> (state, metrics).
+
+  key: of the purpose `train`; step s uses fold_in(key, s).
+  An update is applied only if the loss and the norms of the gradient, the update and the new parameters are finite.
+  If not, parameters, optimizer state and EMA keep their bits, `state.skips` counts it, and `step` advances all the same
+  (so the next step sees other data).
+  Metrics: those of `loss_fn`, and grad_norm (before clipping), update_norm (as applied), param_norm, learning_rate,
+  skipped (0 or 1), skips_in_a_row.
+  """
+
+  def train_step(state: TrainState, batch: types.Batch, key: jax.Array):
+    step_key = jax.random.fold_in(key, state.step)
+    grads, metrics = gradients(loss_fn, state.params, batch, step_key, config.accumulation)
+    directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    rate = jnp.asarray(schedule(state.step), jnp.float32)
+    updates = jax.tree.map(lambda d: -rate * d, directions)
+    params = optax.apply_updates(state.params, updates)
+    norms = dict(
+      grad_norm=optax.tree.norm(grads), update_norm=optax.tree.norm(updates), param_norm=optax.tree.norm(params)
+    )
+    good = jnp.isfinite(metrics["loss"].total)
+    for norm in norms.values():
+      good &= jnp.isfinite(norm)
+    ema = state.ema
+    if config.ema:
+      ema = jax.tree.map(lambda e, p: config.ema * e + (1 - config.ema) * p, state.ema, params)
+    bad = (~good).astype(jnp.int32)
+    skips = Skips((state.skips.consecutive + 1) * bad, state.skips.total + bad)
+    params, opt_state, ema = _select(good, (params, opt_state, ema), (state.params, state.opt_state, state.ema))
+    new_state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, skips=skips)
+    scalars = dict(norms, learning_rate=rate, skipped=bad, skips_in_a_row=skips.consecutive)
+    own = {name: Mean(jnp.asarray(x, jnp.float32), jnp.float32(1)) for name, x in scalars.items()}
+    clash = own.keys() & metrics.keys()
+    if clash:
+      raise ValueError(f"the loss function's metrics use the step's names {sorted(clash)}")
+    return new_state, {**metrics, **own}
+
+  return train_step
