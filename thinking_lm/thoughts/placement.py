@@ -46,20 +46,42 @@ def explicit(batch: Batch, config, vocabulary: Vocabulary):
 PLACEMENTS = dict(none=none, every=every, stride=stride, sentence=sentence, explicit=explicit)
 
 
-def anchors(config, T: int) -> int:
-  """N, the number of anchors a row of T tokens has room for."""
+def capacity(config, T: int) -> int:
+  """N, how many anchors a row of T tokens has room for: the most that the placement can mark, or the cap."""
   if config.length == 0:
     return 0
-  natural = T // config.stride if config.placement == "stride" else T
-  if config.placement == "explicit" and len(config.positions) == 1:
-    natural = T // (config.positions[0] + 1)  # one thought a document, which has at least that many tokens
-  return min(natural, config.cap or natural)
+  most = T
+  if config.placement == "stride":
+    most = T // config.stride
+  if config.placement == "explicit":  # a document of p + 1 tokens or more reaches its position p
+    most = max(T * (i + 1) // (p + 1) for i, p in enumerate(sorted(config.positions)))
+  return min(most, T, config.cap or most)
 
 
-def place(batch: Batch, config, vocabulary: Vocabulary) -> Layout:
-  """The layout of a batch: the first N marked tokens of each row. Padding is never thought about."""
+def blocks(config, T: int, N: int, packed: bool) -> tuple[int, int]:
+  """(C, R): R blocks of at most C real tokens hold any row, where a block ends at an anchor or when it is full.
+
+  In general R = N + T // C + 1: at most N blocks end at an anchor, the others but the last consume C tokens each. With
+  a stride k, 2k - 1 tokens hold the rest of one document and the first k of the next, so that T // k + 1 blocks do.
+  """
+  k = config.stride
+  if N == 0:
+    return T, 1
+  if config.placement == "stride" and not config.cap:
+    return (k, -(-T // k)) if k == 1 or not packed else (2 * k - 1, T // k + 1)
+  C = -(-T // N)
+  return C, T if C == 1 else min(T, N + T // C + 1)
+
+
+def place(batch: Batch, config, vocabulary: Vocabulary, packed: bool = True) -> Layout:
+  """The layout of a batch: the first N marked tokens of each row. Padding is never thought about.
+
+  Args:
+    packed: rows may hold several documents. When false, positions start at 0 in every row and the blocks are smaller.
+  """
   T = batch.tokens_BT.shape[1]
-  N = anchors(config, T)
+  N = capacity(config, T)
   marked_BT = PLACEMENTS[config.placement](batch, config, vocabulary) & (batch.segments_BT > 0)
   index_BT = jnp.where(marked_BT, jnp.arange(T), T)
-  return Layout(anchors_BN=jax.lax.sort(index_BT, dimension=1)[:, :N].astype(jnp.int32))
+  C, R = blocks(config, T, N, packed)
+  return Layout(anchors_BN=jax.lax.sort(index_BT, dimension=1)[:, :N].astype(jnp.int32), block=C, blocks=R)

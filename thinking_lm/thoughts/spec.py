@@ -16,7 +16,7 @@ class ThoughtConfig:
   placement: str = option("every", "WHERE: which real tokens are followed by a thought", choices=PLACEMENTS)
   stride: int = option(8, "placement=stride: think after every so many tokens of a document", low=1)
   positions: tuple[int, ...] = option((), "placement=explicit: think after these positions of each document", low=0)
-  cap: int = option(0, "most thoughts in a row; 0 means no cap (sentence needs one when the row is long)", low=0)
+  cap: int = option(0, "most thoughts in a row, the first ones; 0 means as many as fit (sentence needs a cap)", low=0)
   topology: str = option("persistent", "WHICH: who sees a thought", choices=TOPOLOGIES)
   rotary: str = option("advance", "rotary positions: thoughts advance them, or share their anchor's", choices=ROTARY)
   kind: str = option("latent", "WHAT: the kind of a think token", choices=KINDS)
@@ -44,6 +44,8 @@ class ThoughtConfig:
       found.append(f"kind {self.kind!r} needs a temperature above 0; a very small one is nearly hard")
     if self.placement == "explicit" and not self.positions:
       found.append("placement 'explicit' needs positions, such as (3, 7)")
+    if self.length and self.placement == "sentence" and not self.cap:
+      found.append("placement 'sentence' needs a cap: shapes are static, and every token could end a sentence")
     if self.length and self.placement == "none":
       found.append("placement 'none' never thinks; set length 0 or another placement")
     return found

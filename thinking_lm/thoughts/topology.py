@@ -1,0 +1,133 @@
+"""WHICH keys a slot may see, and where it stands: index arithmetic only, no parameters.
+
+`persistent`: one causal stream of real and think slots; a thought stays in the context of everything after it in its
+document. `private`: a thought sees the real tokens up to its anchor and itself, its own look-ahead sees both, and
+nothing else ever does.
+
+Rotary positions: with `advance`, thoughts take positions of their own (a private thought continues from its anchor, a
+persistent one also moves the real tokens after it); with `anchor`, think slots share their anchor's position and real
+tokens keep theirs (PonderLM-2, arXiv:2509.23184).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from thinking_lm.types import Batch, Layout
+
+TOPOLOGIES = ("persistent", "private")
+ROTARY = ("advance", "anchor")
+
+
+class Stream(NamedTuple):
+  """The persistent stream of a batch: R blocks of C real slots and J think slots, S = R (C + J).
+
+  token_BS: index into T of the real token at a slot; T where there is none. anchor_BS: index into N of the thought
+  that a think slot belongs to; N where there is none. step_S: think step 0 ... J - 1 of a slot, -1 for real slots.
+  segments_BS: document of a slot, 0 where the slot is empty. positions_BS: rotary positions. slot_BT: slot of each
+  real token. thought_BN: first slot of each thought (S where invalid). readout_BT: slot that predicts each target.
+  """
+
+  token_BS: jax.Array
+  anchor_BS: jax.Array
+  step_S: jax.Array
+  segments_BS: jax.Array
+  positions_BS: jax.Array
+  slot_BT: jax.Array
+  thought_BN: jax.Array
+  readout_BT: jax.Array
+
+
+def take(values_BT, index_BX, fill):
+  """values_BT[b, index_BX[b, x]], `fill` where the index is out of range."""
+  padded = jnp.concatenate([values_BT, jnp.full_like(values_BT[:, :1], fill)], axis=1)
+  T = values_BT.shape[1]
+  return jnp.take_along_axis(padded, jnp.where((index_BX >= 0) & (index_BX < T), index_BX, T), axis=1)
+
+
+def scatter(shape, fill, index_BX, values_BX):
+  """An array of `shape` [B, S] that is `fill` but for values_BX at index_BX; indices out of range are dropped."""
+  rows = jnp.arange(shape[0])[:, None]
+  return jnp.full(shape, fill, jnp.int32).at[rows, index_BX].set(values_BX, mode="drop")
+
+
+def persistent(batch: Batch, layout: Layout, J: int, rotary: str) -> Stream:
+  """Lays real tokens and thoughts out as one stream."""
+  B, T = batch.tokens_BT.shape
+  N, C, R = layout.anchors_BN.shape[1], layout.block, layout.blocks
+  S, W = R * (C + J), C + J
+  index_T = jnp.arange(T)
+  order_BN = jnp.broadcast_to(jnp.arange(N), (B, N))
+  anchor_of_BT = scatter((B, T), N, layout.anchors_BN, order_BN)
+  ends_BT = anchor_of_BT < N
+
+  last_BT = jax.lax.cummax(jnp.where(ends_BT, index_T, -1), axis=1)
+  since_BT = index_T - 1 - jnp.pad(last_BT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+  block_BT = jnp.cumsum(since_BT % C == 0, axis=1) - 1
+  slot_BT = block_BT * W + since_BT % C
+  thought_BN = take(block_BT * W + C, layout.anchors_BN, S)
+  think_BX = (thought_BN[:, :, None] + jnp.arange(J)).reshape(B, N * J)
+
+  token_BS = scatter((B, S), T, slot_BT, jnp.broadcast_to(index_T, (B, T)))
+  anchor_BS = scatter((B, S), N, think_BX, jnp.repeat(order_BN, J, axis=1))
+  step_S = jnp.tile(jnp.concatenate([jnp.full(C, -1), jnp.arange(J)]), R)
+  home_BS = jnp.where(step_S < 0, token_BS, take(layout.anchors_BN, anchor_BS, T))
+  positions_BT = batch.positions_BT
+  if rotary == "advance":
+    before_BT = jnp.cumsum(ends_BT, axis=1) - ends_BT
+    first_BT = jnp.take_along_axis(before_BT, jnp.maximum(index_T - positions_BT, 0), axis=1)
+    positions_BT = positions_BT + J * (before_BT - first_BT)
+  positions_BS = take(positions_BT, home_BS, 0) + (rotary == "advance") * (step_S + 1)
+  readout_BT = jnp.where(ends_BT, take(thought_BN, anchor_of_BT, S) + J - 1, slot_BT)
+  return Stream(
+    token_BS, anchor_BS, step_S, take(batch.segments_BT, home_BS, 0), positions_BS, slot_BT, thought_BN, readout_BT
+  )
+
+
+def sees(segments_BQ, segments_BS, slot_Q, slot_S):
+  """mask_B1QS for a stream: a query sees the slots of its document up to its own; empty slots are never seen."""
+  same_BQS = (segments_BQ[:, :, None] == segments_BS[:, None, :]) & (segments_BS[:, None, :] > 0)
+  return (same_BQS & (slot_S[None, :] <= slot_Q[:, None]))[:, None]
+
+
+class Private(NamedTuple):
+  """Private thoughts of a batch: one for every anchor, each with J think slots and A look-ahead tokens.
+
+  prefix_BNT: bool, the real tokens that the thought and its look-ahead see. valid_BN: the anchor exists.
+  positions_BNX: rotary positions of the X = J + A slots. ahead_BNA: index into T of the look-ahead tokens
+  (anchor + 1 ...), T where they leave the anchor's document. target_BNM: index into T of the M = A + 1 targets.
+  """
+
+  prefix_BNT: jax.Array
+  valid_BN: jax.Array
+  positions_BNX: jax.Array
+  ahead_BNA: jax.Array
+  target_BNM: jax.Array
+
+
+def private(batch: Batch, layout: Layout, J: int, lookahead: int, rotary: str) -> Private:
+  """Lays the thoughts of all anchors out side by side."""
+  T = batch.tokens_BT.shape[1]
+  anchors_BN = layout.anchors_BN
+  segment_BN = take(batch.segments_BT, anchors_BN, 0)
+  position_BN = take(batch.positions_BT, anchors_BN, 0)
+  index_T = jnp.arange(T)
+  prefix_BNT = (index_T <= anchors_BN[..., None]) & (batch.segments_BT[:, None] == segment_BN[..., None])
+  step_J, ahead_A = jnp.arange(J) + 1, jnp.arange(1, lookahead)
+  if rotary == "advance":
+    offset_X = jnp.concatenate([step_J, J + ahead_A])
+  else:
+    offset_X = jnp.concatenate([jnp.zeros_like(step_J), ahead_A])
+  target_BNM = window(batch, layout, lookahead)
+  return Private(prefix_BNT, anchors_BN < T, position_BN[..., None] + offset_X, target_BNM[:, :, 1:], target_BNM)
+
+
+def window(batch: Batch, layout: Layout, lookahead: int):
+  """target_BNM: indices anchor, anchor + 1 ... anchor + M - 1 into T; T where they leave the anchor's document."""
+  B, T = batch.tokens_BT.shape
+  N = layout.anchors_BN.shape[1]
+  index_BNM = layout.anchors_BN[..., None] + jnp.arange(lookahead)
+  segment_BNM = take(batch.segments_BT, index_BNM.reshape(B, -1), 0).reshape(B, N, lookahead)
+  inside_BNM = (segment_BNM == take(batch.segments_BT, layout.anchors_BN, 0)[..., None]) & (segment_BNM > 0)
+  return jnp.where(inside_BNM, index_BNM, T)
