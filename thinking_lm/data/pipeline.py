@@ -13,6 +13,7 @@ from typing import Protocol
 
 import grain
 import numpy as np
+from absl import flags
 
 from thinking_lm import config, types
 from thinking_lm.data import prepared, sources, tasks, tokenizer
@@ -221,7 +222,8 @@ class Data:
 
   vocabulary, tokenizer: of the tokens. digest: hexadecimal sha256 of everything that decides which example has which
   number: source content, tokenizer, and the options that change rows or order. sequence_length: T. task: the synthetic
-  task, or None. counts: how often something was mended or skipped because the config asked for it.
+  task, or None. counts: how often something was mended or skipped because the config asked for it, and how many
+  documents of a `validation_input` or `test_input` also stand in `input`.
   """
 
   options: DataConfig
@@ -293,6 +295,8 @@ class Data:
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead if threads else 0)
     dataset = steps.to_iter_dataset(options)
     if workers:
+      if not flags.FLAGS.is_parsed():
+        raise ConfigError("data.workers needs parsed absl flags: start with absl.app.run, or data.workers=0")
       dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead))
     return iter(dataset)
 
@@ -357,7 +361,7 @@ def _build_documents(options: DataConfig) -> Data:
 def _parts(options: DataConfig, encoder: tokenizer.Tokenizer, counts: dict[str, int]):
   """The corpus and the spans of each split, and the digests of the corpora read."""
   if options.source == "default":
-    corpus = sources.MemoryCorpus(iter(sources.embedded_documents()), encoder, options.memory_limit_mb)
+    corpus = sources.MemoryCorpus(sources.embedded_documents(), encoder, options.memory_limit_mb)
     names = [sources.embedded_split(corpus.name(number)) for number in range(len(corpus.lengths_N))]
     parts = {split: (corpus, sources.whole(corpus, np.array(names) == split)) for split in sources.SPLITS}
     return parts, dict(input=corpus.digest)
@@ -372,6 +376,8 @@ def _parts(options: DataConfig, encoder: tokenizer.Tokenizer, counts: dict[str, 
     corpus = _corpus(options, name, encoder, counts)
     parts[split] = (corpus, sources.whole(corpus, np.ones(len(corpus.lengths_N), bool)))
     contents[name] = corpus.digest
+    if shared := int(np.isin(corpus.digests_N, main.digests_N).sum()):
+      counts[f"{split}_documents_in_train"] = shared
   if not len(parts["train"][1].document_N):
     raise DataError(
       f"train has no documents: all {len(main.lengths_N)} of data.input went to validation and test; "

@@ -23,6 +23,7 @@ import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
+from thinking_lm.data import sources
 from thinking_lm.data.tokenizer import Tokenizer
 from thinking_lm.errors import ConfigError, DataError
 
@@ -107,7 +108,7 @@ def write_manifest(directory: epath.Path, manifest: Manifest) -> None:
 
 def write_whole(path: epath.Path, content: bytes) -> None:
   """Writes a file so that it is either there with all its content or not there."""
-  if is_remote(path):
+  if sources.is_remote(path):
     path.write_bytes(content)  # object stores show an object only when it is complete
     return
   partial = f"{path}.partial"
@@ -116,11 +117,6 @@ def write_whole(path: epath.Path, content: bytes) -> None:
     file.flush()
     os.fsync(file.fileno())
   os.replace(partial, path)
-
-
-def is_remote(path: epath.PathLike) -> bool:
-  """Whether a path is in an object store."""
-  return "://" in os.fspath(path)
 
 
 def file_digest(path: epath.Path) -> tuple[int, str]:
@@ -152,11 +148,23 @@ def check_shard(directory: epath.Path, number: int, shard: Shard, content: bool)
       raise DataError(f"{path} has {found} bytes, the manifest says {size}; restore it, or prepare again")
 
 
+def sha256_of(content: bytes) -> str:
+  """Hexadecimal sha256."""
+  return hashlib.sha256(content).hexdigest()
+
+
+def index_bytes(index: Sequence[tuple[int, int]]) -> bytes:
+  """The index file of (length in tokens, content digest) pairs."""
+  buffer = io.BytesIO()
+  np.save(buffer, np.array(index, np.uint64).reshape(-1, 2), allow_pickle=False)
+  return buffer.getvalue()
+
+
 def read_index(directory: epath.Path, number: int, shard: Shard) -> np.ndarray:
   """uint64 [documents, 2] of a shard, checked against its digest and counts."""
   path = index_path(directory, number)
   content = path.read_bytes()
-  if hashlib.sha256(content).hexdigest() != shard.index_sha256:
+  if sha256_of(content) != shard.index_sha256:
     raise DataError(f"{path} is damaged: its sha256 is not the manifest's; restore it, or prepare again")
   index = np.load(io.BytesIO(content), allow_pickle=False)
   if index.shape != (shard.documents, 2) or int(index[:, 0].sum()) != shard.tokens:
@@ -237,7 +245,7 @@ class PreparedCorpus:
         reader = self._open(number)
         self._readers[number] = reader
       return reader.read(list(records))
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
       raise DataError(
         f"{shard_path(self._directory, number)} is damaged at record {records[0]} ({error}); "
         "restore it, or prepare again"
@@ -256,7 +264,7 @@ class PreparedCorpus:
 
 def _local(path: epath.Path, shard: Shard) -> str:
   """A local file with the shard's content: itself, or the cached copy of a remote one, made if it is missing."""
-  if not is_remote(path):
+  if not sources.is_remote(path):
     return os.fspath(path)
   cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "thinking_lm" / "shards"
   cache.mkdir(parents=True, exist_ok=True, mode=0o700)

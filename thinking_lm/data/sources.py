@@ -5,10 +5,12 @@ memory; larger corpora are tokenised once by `thinking_lm.prepare` and read from
 """
 
 import dataclasses
+import glob
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -69,7 +71,7 @@ def paths(patterns: str, option: str) -> list[epath.Path]:
   """The files that comma-separated glob patterns match, sorted by path, each once. Local or remote (`gs://`)."""
   found = {}
   for pattern in filter(None, (part.strip() for part in patterns.split(","))):
-    matches = list(_glob(pattern, option))
+    matches = _glob(pattern, option)
     if not matches:
       raise ConfigError(f"no file matches {option}={pattern!r}; give the path of a file or a glob that matches some")
     found |= {str(path): path for path in matches}
@@ -78,15 +80,24 @@ def paths(patterns: str, option: str) -> list[epath.Path]:
   return [found[name] for name in sorted(found)]
 
 
-def _glob(pattern: str, option: str) -> Iterator[epath.Path]:
-  fixed = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
+def is_remote(path: epath.PathLike) -> bool:
+  """Whether a path is in an object store."""
+  return "://" in os.fspath(path)
+
+
+def _glob(pattern: str, option: str) -> list[epath.Path]:
+  """Files that a pattern matches. `**` is for local paths only: in an object store it could list millions."""
   try:
-    if fixed == pattern:
-      return iter([path] if (path := epath.Path(pattern)).is_file() else [])
-    root, slash, _ = fixed.rpartition("/")
-    base = epath.Path(root or ("/" if slash else "."))
-    rest = pattern[len(root) + 1 :] if slash else pattern
-    return iter([path for path in base.glob(rest) if path.is_file()])
+    literal = epath.Path(pattern).expanduser()
+    if literal.is_file() or not glob.has_magic(pattern):
+      return [literal] if literal.is_file() else []
+    if not is_remote(pattern):
+      found = [epath.Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True)]
+    else:
+      root, _, rest = pattern.partition("://")
+      bucket, _, rest = rest.partition("/")
+      found = list(epath.Path(f"{root}://{bucket}").glob(rest))
+    return [path for path in found if path.is_file()]
   except ImportError as error:
     raise ConfigError(f"{option}={pattern!r} needs a package for this kind of path: {error}") from error
   except (OSError, ValueError, NotImplementedError) as error:
@@ -213,10 +224,10 @@ class MemoryCorpus:
       document; for a corpus above `limit_mb` megabytes of tokens.
   """
 
-  def __init__(self, documents: Iterator[Document], tokenizer: Tokenizer, limit_mb: int):
+  def __init__(self, documents: Iterable[Document], tokenizer: Tokenizer, limit_mb: int):
     dtype = token_dtype(tokenizer.vocabulary.document)
     pieces, self._names, digests, size = [], [], [], 0
-    whole = hashlib.sha256()
+    content = hashlib.sha256()
     for document in documents:
       ids = encode(document, tokenizer)
       size += ids.size * dtype.itemsize
@@ -225,14 +236,13 @@ class MemoryCorpus:
           f"the corpus takes more than data.memory_limit_mb={limit_mb} of memory (at {document.name}); "
           "tokenise it once with python -m thinking_lm.prepare, then data.source=arrayrecord"
         )
-      content = hashlib.sha256(document.data).digest()
-      whole.update(content)
+      content.update(hashlib.sha256(document.data).digest())
       pieces.append(ids.astype(dtype))
-      digests.append(int.from_bytes(content[:8], "big"))
+      digests.append(content_digest(document.data))
       self._names.append(document.name)
     self.lengths_N = np.array([len(ids) for ids in pieces], np.int64)
     self.digests_N = np.array(digests, np.uint64)
-    self.digest = whole.hexdigest()
+    self.digest = content.hexdigest()
     self._tokens = np.concatenate(pieces) if pieces else np.zeros(0, dtype)
     self._begins = np.cumsum(self.lengths_N) - self.lengths_N
 
@@ -244,18 +254,25 @@ class MemoryCorpus:
     return self._names[document]
 
 
+def content_digest(data: bytes) -> int:
+  """The first eight bytes of the sha256 of a document's bytes, as an integer."""
+  return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
+
+
 def token_dtype(size: int) -> np.dtype:
   """The smallest unsigned type (or int32) for ids below `size`."""
   return np.dtype(np.uint8 if size <= 2**8 else np.uint16 if size <= 2**16 else np.int32)
 
 
 def encode(document: Document, tokenizer: Tokenizer) -> np.ndarray:
-  """int32 ids of a document, checked: each in the vocabulary, none the document border. Errors name the document."""
+  """int32 ids of a document, checked: at least one, all in the vocabulary, none the border. Errors name it."""
   try:
     ids = tokenizer.encode(document.data)
   except DataError as error:
     raise DataError(f"{document.name}: {error}") from error
-  if ids.size and not 0 <= ids.min() <= ids.max() < tokenizer.vocabulary.document:
+  if not ids.size:
+    raise DataError(f"{document.name}: its {len(document.data)} bytes became no token; remove the document")
+  if not 0 <= ids.min() <= ids.max() < tokenizer.vocabulary.document:
     raise DataError(
       f"{document.name}: token id {int(ids.min())} or {int(ids.max())} is outside the vocabulary of "
       f"{tokenizer.vocabulary.document} tokens; the tokenizer file is inconsistent"
