@@ -1,0 +1,124 @@
+"""The one place that wires data, thoughts, model and objective together.
+
+A ConfigDict comes in and stops here: `parse` makes the frozen sections out of it (or lists every fault), `build` makes
+the parts. Nothing below this file sees a ConfigDict, and nothing above it needs to know how a loss is put together.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import ml_collections
+
+from thinking_lm import config as config_lib
+from thinking_lm.config import option
+from thinking_lm.data import pipeline
+from thinking_lm.metrics import Mean
+from thinking_lm.model.decoder import Model, ModelConfig
+from thinking_lm.model.rollout import rollout
+from thinking_lm.objectives.advantages import ADVANTAGES
+from thinking_lm.objectives.objective import ObjectiveConfig, objective, volume
+from thinking_lm.thoughts.placement import place
+from thinking_lm.thoughts.spec import ThoughtConfig
+from thinking_lm.training.checkpoint import CheckpointConfig
+from thinking_lm.training.loop import TrainConfig
+from thinking_lm.training.mesh import MeshConfig
+from thinking_lm.training.optimizer import OptimizerConfig, schedule_faults
+from thinking_lm.types import Batch, Layout, Params, Thoughts, Trace
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+  """Everything a run depends on, section by section."""
+
+  data: pipeline.DataConfig = option(pipeline.DataConfig(), "rows")  # noqa: RUF009 (all sections are frozen)
+  model: ModelConfig = option(ModelConfig(), "decoder")  # noqa: RUF009
+  thought: ThoughtConfig = option(ThoughtConfig(), "thoughts")  # noqa: RUF009
+  objective: ObjectiveConfig = option(ObjectiveConfig(), "objective")  # noqa: RUF009
+  optimizer: OptimizerConfig = option(OptimizerConfig(), "optimizer")  # noqa: RUF009
+  train: TrainConfig = option(TrainConfig(), "training loop")  # noqa: RUF009
+  checkpoint: CheckpointConfig = option(CheckpointConfig(), "checkpoints")  # noqa: RUF009
+  mesh: MeshConfig = option(MeshConfig(), "device mesh")  # noqa: RUF009
+
+  def faults(self) -> list[str]:
+    """Rules across sections."""
+    thought, goal = self.thought, self.objective
+    found = schedule_faults(self.optimizer, self.train.steps)
+    if goal.score_weight:
+      needs = ADVANTAGES[goal.advantage].needs
+      if not thought.kind_of.policy or not thought.length:
+        found.append(
+          f"objective.score_weight needs thoughts with a log-probability: thought.kind 'sampled' and thought.length "
+          f"above 0, got kind {thought.kind!r} and length {thought.length}"
+        )
+      elif thought.temperature == 0:
+        found.append("objective.score_weight needs thought.temperature above 0: a greedy thought has no gradient")
+      elif thought.samples < needs:
+        found.append(
+          f"objective.advantage {goal.advantage!r} needs thought.samples of at least {needs}, got {thought.samples}"
+        )
+    if goal.base_weight and thought.topology != "private":
+      found.append("objective.base_weight needs thought.topology 'private': with 'persistent' there is no pass without")
+    if thought.rotary == "advance" and thought.positions and max(thought.positions) >= self.data.sequence_length > 0:
+      found.append(f"thought.positions reach {max(thought.positions)}, past data.sequence_length")
+    return found
+
+
+def default_config() -> ml_collections.ConfigDict:
+  """The default of every option, for a config file to change."""
+  return config_lib.to_config_dict(ExperimentConfig())
+
+
+def parse(values: Mapping[str, Any]) -> ExperimentConfig:
+  """The config as frozen sections. Raises ConfigError with every fault at once; allocates nothing."""
+  return config_lib.parse(ExperimentConfig, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """The parts of a run, as plain objects and pure functions.
+
+  init: key -> params. axes: logical axis names of every parameter. place: batch -> Layout.
+  rollout: (params, batch, layout, key, given=None) -> Trace.
+  loss_fn: (params, batch, key) -> (loss summed over targets, metrics).
+  """
+
+  config: ExperimentConfig
+  data: pipeline.Data
+  model: Model
+
+  @property
+  def init(self) -> Callable[[jax.Array], Params]:
+    """Fresh parameters from a key."""
+    return self.model.init
+
+  @property
+  def axes(self) -> Any:
+    """Logical axis names, a dict like the parameters."""
+    return self.model.axes
+
+  def place(self, batch: Batch, thought: ThoughtConfig | None = None) -> Layout:
+    """Where a batch is thought about; `thought` in place of the config's, for an evaluation."""
+    packed = self.config.data.packing and self.config.data.source != "task"
+    return place(batch, thought or self.config.thought, self.data.vocabulary, packed)
+
+  def rollout(
+    self, params: Params, batch: Batch, key, given: Thoughts | None = None, thought: ThoughtConfig | None = None
+  ) -> Trace:
+    """Places and thinks; see `rollout.rollout`."""
+    thought = thought or self.config.thought
+    return rollout(self.model, thought, params, batch, self.place(batch, thought), key, given)
+
+  def loss_fn(self, params: Params, batch: Batch, key) -> tuple[jax.Array, dict[str, Mean]]:
+    """The loss of a batch, summed over targets, and its metrics."""
+    trace = self.rollout(params, batch, key)
+    loss, metrics = objective(self.config.objective, trace)
+    return loss, metrics | volume(trace, batch, self.data.vocabulary)
+
+
+def build(config: ExperimentConfig) -> Experiment:
+  """Reads the data and sets up the model; no parameters yet. Raises ConfigError or DataError."""
+  data = pipeline.build(config.data)
+  return Experiment(config, data, Model(config.model, data.vocabulary.size))
+
