@@ -9,6 +9,7 @@ from absl import flags
 
 from thinking_lm.data import pipeline, sources, tasks, tokenizer
 from thinking_lm.data.pipeline import DataConfig
+from thinking_lm.data.rows import DocumentRows, PackedRows
 from thinking_lm.errors import ConfigError, DataError
 from thinking_lm.types import Batch, Vocabulary
 
@@ -32,7 +33,7 @@ def data_of(rows, length, **options):
 def packed(lengths, length, **options):
   """Data whose train split is these documents, packed."""
   text = corpus(lengths)
-  return data_of(pipeline.PackedRows(text, sources.whole(text, np.ones(len(lengths), bool)), length, BORDER), length,
+  return data_of(PackedRows(text, sources.whole(text, np.ones(len(lengths), bool)), length, BORDER), length,
                  **options)  # fmt: skip
 
 
@@ -113,7 +114,7 @@ def test_packing_a_long_document_among_short_ones_by_random_access():
 
 def test_one_document_a_row():
   text = corpus([3, 1, 7])
-  rows = pipeline.DocumentRows(text, sources.whole(text, np.array([True, False, True])), 8, BORDER)
+  rows = DocumentRows(text, sources.whole(text, np.array([True, False, True])), 8, BORDER)
   (batch,) = data_of(rows, 8).evaluation_batches("train", batch_size=2)
   for row, number, size in ((0, 0, 3), (1, 2, 7)):
     ids = text.tokens(number, 0, size).tolist()
