@@ -5,6 +5,7 @@ the parts. Nothing below this file sees a ConfigDict, and nothing above it needs
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ import ml_collections
 from thinking_lm import config as config_lib
 from thinking_lm.config import option
 from thinking_lm.data import pipeline
+from thinking_lm.errors import ConfigError
 from thinking_lm.metrics import Mean
 from thinking_lm.model.decoder import Model, ModelConfig
 from thinking_lm.model.rollout import rollout
@@ -21,10 +23,11 @@ from thinking_lm.objectives.advantages import ADVANTAGES
 from thinking_lm.objectives.objective import ObjectiveConfig, objective, volume
 from thinking_lm.thoughts.placement import place
 from thinking_lm.thoughts.spec import ThoughtConfig
-from thinking_lm.training.checkpoint import CheckpointConfig
+from thinking_lm.training.checkpoint import CheckpointConfig, read_params
 from thinking_lm.training.loop import TrainConfig
-from thinking_lm.training.mesh import MeshConfig
+from thinking_lm.training.mesh import MeshConfig, make_mesh, shardings
 from thinking_lm.training.optimizer import OptimizerConfig, schedule_faults
+from thinking_lm.training.workdir import resolve
 from thinking_lm.types import Batch, Layout, Params, Thoughts, Trace
 
 
@@ -122,3 +125,34 @@ def build(config: ExperimentConfig) -> Experiment:
   data = pipeline.build(config.data)
   return Experiment(config, data, Model(config.model, data.vocabulary.size))
 
+
+def load(workdir: str, averaged: bool = False) -> tuple[Experiment, Params, int]:
+  """(Experiment, parameters, step) of a trained work directory, for evaluation and generation. Changes nothing there.
+
+  The parameters are split over all devices that there are, whatever mesh the run had.
+
+  Args:
+    averaged: the moving average of the parameters, for a run with optimizer.ema.
+
+  Raises:
+    ConfigError: there is no config, or the checkpoint is of another one. DataError: no checkpoint is intact.
+  """
+  path = resolve(workdir)
+  file = path / "config.json"
+  if not file.exists():
+    raise ConfigError(f"{path} is no work directory: it has no config.json; train into it first")
+  try:
+    values = json.loads(file.read_text())
+  except ValueError as error:
+    raise ConfigError(f"{file} is not JSON: {error}") from error
+  built = build(parse(values))
+  if averaged and not built.config.optimizer.ema:
+    raise ConfigError(f"{path} has no averaged parameters: it was trained with optimizer.ema 0")
+  everything = make_mesh(MeshConfig(data=1, fsdp=-1))
+  placed = jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    built.model.shapes,
+    shardings(built.axes, built.model.shapes, everything),
+  )
+  step, params = read_params(path / "checkpoints", placed, averaged)
+  return built, params, step

@@ -78,8 +78,8 @@ class Layout:
   """Where each row thinks. Static shapes: a row with fewer than N anchors is filled up with invalid ones.
 
   anchors_BN: int32 index into T of the anchor, ascending over the valid ones; T where invalid.
-  block: C, real tokens of a block at most (static). A persistent stream is R blocks of C real slots, then J think slots;
-    a block ends at an anchor or when it is full.
+  block: C, real tokens of a block at most (static). A persistent stream is R blocks of C real slots, then J think
+    slots; a block ends at an anchor or when it is full.
   blocks: R, enough for every row that the placement can mark (static).
   """
 

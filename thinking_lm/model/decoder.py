@@ -109,9 +109,7 @@ class Layer(nnx.Module):
     """Returns (x_BPQD, (k_BPQKE, v_BPQKE)): the new activations and this call's own keys and values."""
     c, E = self.config, self.config.resolved_head_width
     h = self.attention_norm(x_BPQD)
-    q, k, v = (
-      matmul(h, w[...]).reshape(*h.shape[:-1], -1, E) for w in (self.query, self.key, self.value)
-    )
+    q, k, v = (matmul(h, w[...]).reshape(*h.shape[:-1], -1, E) for w in (self.query, self.key, self.value))
     if c.qk_norm:
       q, k = self.query_norm(q), self.key_norm(k)
     q, k = (rotate(a, positions_BPQ, c.rope_base) for a in (q, k))
@@ -143,7 +141,8 @@ class Decoder(nnx.Module):
     if not config.tie_embeddings:
       self.head = parameter(rngs, (D, rows), ("embed", "vocab"), D**-0.5)
     if config.latent_map == "linear":
-      self.latent = nnx.Param(init(None, (D, D), jnp.float32))
+      identity = nnx.with_partitioning(_identity, ("embed", None), eager_sharding=False)
+      self.latent = nnx.Param(identity(None, (D, D), jnp.float32))
 
   @property
   def start(self) -> int:
@@ -161,7 +160,7 @@ class Decoder(nnx.Module):
     return self.vocabulary_size + 2
 
   def embed(self, tokens):
-    """Embeddings [..., D] of integer ids [...], of unit mean square at initialisation, as the final norm's output is."""
+    """Embeddings [..., D] of ids [...]; of unit mean square at initialisation, like the final norm's output."""
     return self._scale(self.embedding[...].at[tokens].get(mode="clip"))
 
   def mix(self, weights):

@@ -122,7 +122,9 @@ def _persistent(decoder, config, batch, layout, keys_BGN, given) -> Trace:
   tokens_BS = topology.take(rows.tokens_BT, stream.token_BS, 0)
   x_BSD = decoder.embed(tokens_BS)
   if not config.length:
-    thoughts = Thoughts(jnp.zeros((*layout.anchors_BN.shape, 0, x_BSD.shape[-1])), jnp.zeros((*layout.anchors_BN.shape, 0)))
+    thoughts = Thoughts(
+      jnp.zeros((*layout.anchors_BN.shape, 0, x_BSD.shape[-1])), jnp.zeros((*layout.anchors_BN.shape, 0))
+    )
     hidden_BSD = _stream_parallel(decoder, stream, x_BSD)
   elif given is not None:
     thoughts = jax.tree.map(merge, given)
@@ -142,10 +144,15 @@ def _persistent(decoder, config, batch, layout, keys_BGN, given) -> Trace:
   logp_BGT = split(logp_BT)
   outcome_BGN = jnp.einsum(
     "bnt,bt,bgt->bgn",
-    _rest(batch, layout, config.lookahead).astype(jnp.float32), batch.weights_BT, logp_BGT, precision="highest",
+    _rest(batch, layout, config.lookahead).astype(jnp.float32),
+    batch.weights_BT,
+    logp_BGT,
+    precision="highest",
   )
   before = (split(anchor_BND), split(think_BNJD))
-  return _trace(decoder, config, batch, layout, jax.tree.map(split, thoughts), before, logp_BGT, split(hit_BT), outcome_BGN)
+  return _trace(
+    decoder, config, batch, layout, jax.tree.map(split, thoughts), before, logp_BGT, split(hit_BT), outcome_BGN
+  )
 
 
 def _rest(batch, layout, lookahead):
@@ -189,8 +196,13 @@ def _stream_serial(decoder, config, stream, x_BSD, keys_BN, N, C):
     own = jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * 3 + [(0, J), (0, 0), (0, 0)]), new)
     anchor_B1D = jnp.take_along_axis(real_B1CD[:, 0], jnp.maximum(last_B, 0)[:, None, None], axis=1)
     hidden, inputs, tokens, own = think(
-      decoder, config, anchor_B1D, positions_BW[:, None, C:], None if keys_B is None else keys_B[:, None],
-      Seen(cache, past[:, :, -1:]), Seen(own, mask[:, :, -1:, :C]),
+      decoder,
+      config,
+      anchor_B1D,
+      positions_BW[:, None, C:],
+      None if keys_B is None else keys_B[:, None],
+      Seen(cache, past[:, :, -1:]),
+      Seen(own, mask[:, :, -1:, :C]),
     )
     cache = jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b[:, :, 0], r * W, axis=2), cache, own)
     return cache, (jnp.concatenate([real_B1CD, hidden], axis=2)[:, 0], inputs[:, 0], tokens[:, 0])
@@ -249,9 +261,7 @@ def _private(decoder, config, batch, layout, keys_BGN, given) -> Trace:
   hit_BGT = put(base_hit_BT, hit_BGNM[..., 0], layout.anchors_BN)
   outcome_BGN = jnp.sum(logp_BGNM * weights_BNM[:, None], axis=-1)
   before = (split(anchor_BPD), split(hidden[:, :, :J]))
-  trace = _trace(
-    decoder, config, batch, layout, jax.tree.map(split, thoughts), before, logp_BGT, hit_BGT, outcome_BGN
-  )
+  trace = _trace(decoder, config, batch, layout, jax.tree.map(split, thoughts), before, logp_BGT, hit_BGT, outcome_BGN)
   trace = trace.replace(base_logp_BT=base_logp_BT)
   return trace.replace(ahead_logp_BGNA=logp_BGNM[..., 1:], ahead_weights_BNA=weights_BNM[..., 1:]) if A else trace
 

@@ -5,7 +5,7 @@ A reward gives reward_BGN from outcome_BGN; no gradient flows through it.
 
 
 def log_prob(outcome_BGN):
-  """log p(y | x, z): what perplexity pays for. Nats, <= 0. Its score-function gradient is that of J (METHODS: grad J)."""
+  """log p(y | x, z): what perplexity pays for. Nats, <= 0. Its expectation is J."""
   return outcome_BGN
 
 

@@ -11,7 +11,7 @@ from thinking_lm.thoughts.topology import ROTARY, TOPOLOGIES
 
 @dataclasses.dataclass(frozen=True)
 class ThoughtConfig:
-  """WHERE thoughts go, WHICH keys they see, WHAT they are made of and WHEN they end. length = 0 is the plain decoder."""
+  """WHERE thoughts go, WHICH keys they see, WHAT they are and WHEN they end. length = 0 is the plain decoder."""
 
   placement: str = option("every", "WHERE: which real tokens are followed by a thought", choices=PLACEMENTS)
   stride: int = option(8, "placement=stride: think after every so many tokens of a document", low=1)
@@ -38,8 +38,10 @@ class ThoughtConfig:
     if self.length and kind and not kind.stochastic and self.samples > 1:
       found.append(f"samples {self.samples} of kind {self.kind!r} would all be equal: it draws nothing; use samples 1")
     if self.topology == "private" and self.lookahead == 0:
-      found.append("lookahead 0 (the rest of the document) needs topology 'persistent': a private thought is seen by "
-                   "its own look-ahead only; give a number of tokens")
+      found.append(
+        "lookahead 0 (the rest of the document) needs topology 'persistent': a private thought is seen by "
+        "its own look-ahead only; give a number of tokens"
+      )
     if self.kind in ("soft", "gumbel") and self.temperature == 0:
       found.append(f"kind {self.kind!r} needs a temperature above 0; a very small one is nearly hard")
     if self.placement == "explicit" and not self.positions:
