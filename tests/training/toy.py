@@ -1,11 +1,11 @@
 """A loss function, a data set and a main that keep the contracts of training and cost nothing."""
 
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
 from thinking_lm import errors, types
 from thinking_lm.metrics import Mean
@@ -14,7 +14,7 @@ from thinking_lm.training.checkpoint import CheckpointConfig
 from thinking_lm.training.mesh import MeshConfig
 from thinking_lm.training.optimizer import OptimizerConfig
 
-V, D, F, L, T = 16, 8, 16, 3, 12
+V, D, F, L, T = 16, 8, 16, 2, 12
 
 AXES = dict(
   embed=("vocab", "embed"),
@@ -93,15 +93,12 @@ def make_run(
   return loop.Run(init, AXES, loss, data or Data(), resolved_config=resolved, hooks=hooks, **sections)
 
 
-def main(argv):
-  """The toy as a program: `toy.py WORKDIR STEPS SLEEP`, on one device."""
-  del argv
-  workdir, steps, sleep = sys.argv[2:5]
-  run = make_run(int(steps), data=Data(float(sleep)), train=dict(tensorboard=True))
-  loop.train(run, workdir)
-
-
 if __name__ == "__main__":
-  sys.argv[1:1] = ["--"]
-  arguments = sys.argv[2:]
-  errors.run(lambda argv: main(argv[:1]))
+  WORKDIR = flags.DEFINE_string("workdir", None, "as of thinking_lm.train")
+  STEPS = flags.DEFINE_integer("steps", 6, "train.steps")
+  SLEEP = flags.DEFINE_float("sleep", 0.0, "seconds each batch takes")
+
+  def main(argv):
+    loop.train(make_run(STEPS.value, data=Data(SLEEP.value), train=dict(tensorboard=True)), WORKDIR.value)
+
+  errors.run(main)

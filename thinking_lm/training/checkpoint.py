@@ -351,8 +351,12 @@ class Checkpoints:
     self.committed = step
 
   def close(self) -> None:
-    """Frees the thread; does not wait for a save that is under way to be known good (see `wait`)."""
-    self._pool.shutdown(wait=True)
+    """Lets a save that is under way end, and takes note of how; for the end of a run, whatever ended it."""
+    try:
+      self.wait()
+    except SaveError as error:
+      logging.error("%s", error)
+    self._pool.shutdown()
 
 
 @jax.jit

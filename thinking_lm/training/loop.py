@@ -211,6 +211,7 @@ def train(run: Run, path: str) -> state_lib.TrainState:
       session.record("preempted", str(error))
       raise
     except BaseException as error:
+      checkpoints.close()
       session.record("failed", f"{type(error).__name__}: {error}")
       raise
     session.record("finished")
