@@ -9,7 +9,7 @@ one pass over all slots gives the same numbers.
 import jax
 import jax.numpy as jnp
 
-from thinking_lm.model.decoder import Cache, Decoder, Model, Seen
+from thinking_lm.model.decoder import DTYPES, Cache, Decoder, Model, Seen
 from thinking_lm.model.readout import policy, target_logp
 from thinking_lm.thoughts import topology
 from thinking_lm.thoughts.halting import HALTING
@@ -113,9 +113,9 @@ def think(decoder: Decoder, config: ThoughtConfig, hidden_BPD, positions_BPJ, ke
 
 def _persistent(decoder, config, batch, layout, keys_BGN, given) -> Trace:
   """Thoughts in one stream with the real tokens. The G samples are rows of their own: their pasts differ."""
-  G = config.samples if config.length else 1
+  B, G = batch.tokens_BT.shape[0], config.samples if config.length else 1
   grow = lambda a: jnp.repeat(a, G, axis=0)
-  merge = lambda a: a.reshape(-1, *a.shape[2:])
+  merge = lambda a: a.reshape(B * G, *a.shape[2:])
   rows, row_layout = jax.tree.map(grow, batch), jax.tree.map(grow, layout)
   J, N = config.slots, layout.anchors_BN.shape[1]
   stream = topology.persistent(rows, row_layout, J, config.rotary)
@@ -134,13 +134,13 @@ def _persistent(decoder, config, batch, layout, keys_BGN, given) -> Trace:
     hidden_BSD = _stream_parallel(decoder, stream, x_BSD)
   else:
     keys = None if keys_BGN is None else merge(keys_BGN)
-    hidden_BSD, thoughts = _stream_serial(decoder, config, stream, x_BSD, keys, N, layout.block)
+    hidden_BSD, thoughts, _ = stream_serial(decoder, config, stream, x_BSD, keys, N, layout.block)
 
   think_BX = (stream.thought_BN[..., None] + jnp.arange(J)).reshape(hidden_BSD.shape[0], N * J)
   think_BNJD = _gather(hidden_BSD, think_BX).reshape(*think_BX.shape[:1], N, J, hidden_BSD.shape[-1])
   anchor_BND = _gather(hidden_BSD, topology.take(stream.slot_BT, row_layout.anchors_BN, 0))
   logp_BT, hit_BT = target_logp(decoder, _gather(hidden_BSD, stream.readout_BT), rows.targets_BT)
-  split = lambda a: a.reshape(-1, G, *a.shape[1:])
+  split = lambda a: a.reshape(B, G, *a.shape[1:])
   logp_BGT = split(logp_BT)
   outcome_BGN = jnp.einsum(
     "bnt,bt,bgt->bgn",
@@ -169,54 +169,84 @@ def _stream_parallel(decoder, stream, x_BSD):
   return decoder(x_BSD[:, None], stream.positions_BS[:, None], mask)[0][:, 0]
 
 
-def _stream_serial(decoder, config, stream, x_BSD, keys_BN, N, C):
-  """The scan over blocks: C real tokens at once, then the think slots one by one, against a cache of earlier blocks.
-
-  A block reads the cache but does not change it; its own keys are written once, at its end.
-  """
+def stream_serial(decoder, config, stream, x_BSD, keys_BN, N, C):
+  """The scan over blocks, against a cache of earlier blocks. Returns (hidden_BSD, Thoughts [B, N, ...], the cache)."""
   B, S, D = x_BSD.shape
-  J = config.slots
-  W, c = C + J, decoder.config
-  R, slot_S = S // W, jnp.arange(S)
+  W = C + config.slots
+  R = S // W
   blocks = lambda a: jnp.moveaxis(a.reshape(B, R, W, *a.shape[2:]), 1, 0)
   anchor_RB = blocks(stream.anchor_BS)[:, :, -1]
   keys_RB = None
   if keys_BN is not None:
     keys_RB = jnp.take_along_axis(keys_BN, jnp.minimum(anchor_RB, N - 1).T, axis=1).T
-  last_RB = jnp.sum(blocks(stream.segments_BS)[:, :, :C] > 0, axis=-1) - 1
 
-  def body(cache, block):
-    r, x_BWD, segments_BW, positions_BW, last_B, keys_B = block
-    query_W = r * W + jnp.arange(W)
-    past = topology.sees(segments_BW, stream.segments_BS, query_W, slot_S) & (slot_S < r * W)
-    mask = topology.sees(segments_BW, segments_BW, query_W, query_W)
-    real_B1CD, new = decoder(
-      x_BWD[:, None, :C], positions_BW[:, None, :C], mask[:, :, :C, :C], Seen(cache, past[:, :, :C])
-    )
-    own = jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * 3 + [(0, J), (0, 0), (0, 0)]), new)
-    anchor_B1D = jnp.take_along_axis(real_B1CD[:, 0], jnp.maximum(last_B, 0)[:, None, None], axis=1)
-    hidden, inputs, tokens, own = think(
-      decoder,
-      config,
-      anchor_B1D,
-      positions_BW[:, None, C:],
-      None if keys_B is None else keys_B[:, None],
-      Seen(cache, past[:, :, -1:]),
-      Seen(own, mask[:, :, -1:, :C]),
-    )
-    cache = jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b[:, :, 0], r * W, axis=2), cache, own)
-    return cache, (jnp.concatenate([real_B1CD, hidden], axis=2)[:, 0], inputs[:, 0], tokens[:, 0])
+  def body(cache, scanned):
+    r, x_BWD, segments_BW, positions_BW, keys_B = scanned
+    seen = topology.sees(segments_BW, stream.segments_BS, r * W + jnp.arange(W), jnp.arange(S))
+    past = Seen(cache, seen & (jnp.arange(S) < r * W))
+    own, hidden, inputs, tokens = block(decoder, config, past, x_BWD[:, :C], segments_BW, positions_BW, keys_B)
+    return write(cache, own, r * W), (hidden, inputs, tokens)
 
-  empty = jnp.zeros((c.layers, B, S, c.kv_heads, c.resolved_head_width), x_BSD.dtype)
-  scanned = (jnp.arange(R), *map(blocks, (x_BSD, stream.segments_BS, stream.positions_BS)), last_RB, keys_RB)
-  _, (hidden, inputs, tokens) = jax.lax.scan(body, Cache(empty, empty), scanned)
+  scanned = (jnp.arange(R), *map(blocks, (x_BSD, stream.segments_BS, stream.positions_BS)), keys_RB)
+  cache, (hidden, inputs, tokens) = jax.lax.scan(body, empty_cache(decoder, B, S), scanned)
   hidden_BSD = jnp.moveaxis(hidden, 0, 1).reshape(B, S, D)
   block_BN = jnp.minimum(stream.thought_BN // W, R - 1)
   inputs_BNJD, tokens_BNJ = (
     jnp.take_along_axis(jnp.moveaxis(a, 0, 1), block_BN.reshape(B, N, *[1] * (a.ndim - 2)), axis=1)
     for a in (inputs, tokens)
   )
-  return hidden_BSD, Thoughts(inputs_BNJD, tokens_BNJ)
+  return hidden_BSD, Thoughts(inputs_BNJD, tokens_BNJ), cache
+
+
+def block(decoder: Decoder, config, past: Seen, x_BCD, segments_BW, positions_BW, keys_B, needed=None):
+  """One block of a persistent stream: C real tokens at once, then the J slots of a thought one by one.
+
+  Args:
+    past: the cache of earlier blocks, mask [B, 1, W, S]. It is read and never changed.
+    x_BCD: inputs of the real slots. segments_BW, positions_BW: documents (0 for empty slots) and rotary positions.
+    keys_B: random keys of the thought, or None.
+    needed: bool scalar; when false, nobody thinks in this block and the think slots are left undefined. None: always.
+
+  Returns:
+    (own cache [L, B, 1, W, K, E], hidden_BWD, inputs_BnD, tokens_Bn).
+  """
+  C, J, W = x_BCD.shape[1], config.slots, segments_BW.shape[1]
+  mask = topology.sees(segments_BW, segments_BW, jnp.arange(W), jnp.arange(W))
+  real_B1CD, new = decoder(
+    x_BCD[:, None], positions_BW[:, None, :C], mask[:, :, :C, :C], Seen(past.cache, past.mask_BPQS[:, :, :C])
+  )
+  own = jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * 3 + [(0, J), (0, 0), (0, 0)]), new)
+  last_B = jnp.maximum(jnp.sum(segments_BW[:, :C] > 0, axis=1) - 1, 0)
+  anchor_B1D = jnp.take_along_axis(real_B1CD[:, 0], last_B[:, None, None], axis=1)
+
+  def thinking(own):
+    seen = Seen(past.cache, past.mask_BPQS[:, :, -1:])
+    keys_B1 = None if keys_B is None else keys_B[:, None]
+    own = Seen(own, mask[:, :, -1:, :C])
+    hidden, inputs, tokens, own = think(decoder, config, anchor_B1D, positions_BW[:, None, C:], keys_B1, seen, own)
+    return own, jnp.concatenate([real_B1CD, hidden], axis=2)[:, 0], inputs[:, 0], tokens[:, 0]
+
+  if needed is None:
+    return thinking(own)
+  shapes = jax.eval_shape(thinking, own)
+  skipped = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+
+  def skipping(own):
+    return own, skipped[1].at[:, :C].set(real_B1CD[:, 0]), *skipped[2:]
+
+  return jax.lax.cond(needed, thinking, skipping, own)
+
+
+def empty_cache(decoder: Decoder, B: int, S: int) -> Cache:
+  """A cache of S slots that nothing has been written to."""
+  c = decoder.config
+  shape = (c.layers, B, S, c.kv_heads, c.resolved_head_width)
+  return Cache(*(jnp.zeros(shape, DTYPES[c.compute_dtype]) for _ in range(2)))
+
+
+def write(cache: Cache, own: Cache, start) -> Cache:
+  """The cache with a block's keys and values [L, B, 1, W, K, E] at slots start ... start + W - 1."""
+  return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b[:, :, 0], start, axis=2), cache, own)
 
 
 def _private(decoder, config, batch, layout, keys_BGN, given) -> Trace:

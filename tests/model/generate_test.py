@@ -1,0 +1,124 @@
+"""Cached decoding against the uncached rollout of the finished text."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from thinking_lm.model.decoder import Model, ModelConfig
+from thinking_lm.model.generate import Sampling, generate
+from thinking_lm.model.rollout import rollout
+from thinking_lm.thoughts.placement import place
+from thinking_lm.thoughts.spec import ThoughtConfig
+from thinking_lm.types import Batch, Thoughts, Vocabulary
+
+V, BORDER = 6, 5
+VOCABULARY = Vocabulary(V, BORDER, np.ones(V, np.int32), np.array([0, 1, 2, 3, 0, 0], np.int8))
+MODEL = Model(ModelConfig(layers=2, width=16, heads=2, kv_heads=1), V)
+PROMPTS = [[5, 1, 2, 0], [5, 3], [5]]
+X = 5
+
+
+def params():
+  return MODEL.init(jax.random.key(1))
+
+
+def rows(texts, targets_from=None):
+  """Unpacked rows; weight 1 on the targets from `targets_from[b]` on."""
+  T = max(map(len, texts))
+  length = np.array([len(text) for text in texts])
+  tokens = np.array([list(text) + [0] * (T - len(text)) for text in texts], np.int32)
+  segments = (np.arange(T) < length[:, None]).astype(np.int32)
+  positions = np.arange(T) * segments
+  ids = np.arange(len(texts), dtype=np.uint32)
+  targets = np.roll(tokens, -1, axis=1)
+  return jax.tree.map(jnp.asarray, Batch(tokens, targets, segments * 1.0, segments, positions, ids))
+
+
+def decode(config, sampling=Sampling(X), prompts=PROMPTS, seed=7):
+  function = functools.partial(generate, MODEL, config, vocabulary=VOCABULARY, sampling=sampling)
+  return jax.tree.map(np.asarray, jax.jit(function)(params(), rows(prompts), key=jax.random.key(seed)))
+
+
+def uncached(config, generation, given=None):
+  """log p of every drawn token, from one rollout over prompt and continuation."""
+  texts = [prompt + list(drawn) for prompt, drawn in zip(PROMPTS, generation.tokens_BX, strict=True)]
+  batch = rows(texts)
+  given = given and given(batch)
+  trace = rollout(MODEL, config, params(), batch, place(batch, config, VOCABULARY), jax.random.key(0), given)
+  logp_BT = np.asarray(trace.logp_BGT[:, 0])
+  return np.stack([logp[len(p) - 1 : len(p) - 1 + X] for logp, p in zip(logp_BT, PROMPTS, strict=True)]), batch
+
+
+CASES = [
+  ("none", {}),
+  ("pause", dict(kind="pause", placement="stride", stride=2, topology="persistent")),
+  ("latent", dict(kind="latent", placement="every", topology="persistent", rotary="anchor")),
+  ("latent", dict(kind="latent", placement="stride", stride=2, topology="persistent", delimiters=True)),
+  ("latent", dict(kind="latent", placement="sentence", cap=2, topology="persistent")),
+  ("latent", dict(kind="latent", placement="every", topology="private", delimiters=True)),
+  ("soft", dict(kind="soft", placement="explicit", positions=(0, 3), topology="private", rotary="anchor")),
+  ("greedy", dict(kind="sampled", placement="every", topology="persistent", temperature=0.0)),
+  ("greedy", dict(kind="sampled", placement="stride", stride=3, topology="private", temperature=0.0)),
+]
+
+
+@pytest.mark.parametrize("name,options", CASES)
+def test_cached_equals_uncached(name, options):
+  config = ThoughtConfig(length=0 if name == "none" else 2, **options)
+  assert not config.faults()
+  generation = decode(config)
+  expected, _ = uncached(config, generation)
+  ended = np.cumsum(generation.tokens_BX == BORDER, axis=1) - (generation.tokens_BX == BORDER) > 0
+  np.testing.assert_allclose(generation.logp_BX[~ended], expected[~ended], rtol=1e-4, atol=1e-5)
+  assert (generation.tokens_BX[ended] == BORDER).all() and (generation.logp_BX[ended] == 0).all()
+  assert (generation.length_B == (generation.tokens_BX != BORDER).sum(1)).all()
+  if config.length:
+    assert generation.thought_BX.any()
+
+
+def test_drawn_thoughts_give_the_same_logp_when_put_back():
+  config = ThoughtConfig(length=2, kind="sampled", placement="every", topology="private")
+  generation = decode(config)
+
+  def given(batch):
+    N = batch.tokens_BT.shape[1]
+    tokens = np.zeros((len(PROMPTS), 1, N, 2), np.int32)
+    for b, prompt in enumerate(PROMPTS):
+      tokens[b, 0, len(prompt) - 1 : len(prompt) - 1 + X] = np.maximum(generation.thoughts_BXn[b], 0)
+    return Thoughts(MODEL.bind(params()).embed(jnp.asarray(tokens)), jnp.asarray(tokens))
+
+  expected, _ = uncached(config, generation, given)
+  np.testing.assert_allclose(
+    generation.logp_BX[generation.thought_BX], expected[generation.thought_BX], rtol=1e-4, atol=1e-5
+  )
+
+
+def test_greedy_takes_the_most_likely_token_whatever_the_key():
+  config = ThoughtConfig(length=1, kind="latent", placement="every")
+  first, second = (decode(config, Sampling(X, temperature=0.0), seed=seed) for seed in (0, 1))
+  np.testing.assert_array_equal(first.tokens_BX, second.tokens_BX)
+  one = decode(config, Sampling(X, temperature=1.0, top_k=1), seed=2)
+  np.testing.assert_array_equal(first.tokens_BX, one.tokens_BX)
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+  config = ThoughtConfig(length=1, kind="sampled", placement="stride", stride=2)
+  together = decode(config)
+  alone = decode(config, prompts=PROMPTS[:1])
+  np.testing.assert_array_equal(together.tokens_BX[0], alone.tokens_BX[0])
+  np.testing.assert_array_equal(together.thoughts_BXn[0], alone.thoughts_BXn[0])
+
+
+def test_thoughts_stand_where_the_placement_says():
+  config = ThoughtConfig(length=1, kind="latent", placement="stride", stride=2, cap=2)
+  generation = decode(config)
+  for b, prompt in enumerate(PROMPTS):
+    texts = prompt + list(generation.tokens_BX[b])
+    batch = rows([texts])
+    anchors = set(np.asarray(place(batch, config, VOCABULARY).anchors_BN[0]).tolist())
+    live = generation.length_B[b] + 1
+    got = {len(prompt) - 1 + i for i in np.flatnonzero(generation.thought_BX[b])}
+    assert got == {a for a in anchors if len(prompt) - 1 <= a < len(prompt) - 1 + min(live, X)}

@@ -1,0 +1,107 @@
+"""The ledger: analytic FLOPs of a row, split into what they are for.
+
+Counted are matrix products as they are executed, masked entries and padded slots included (a multiply-add is two
+FLOPs); norms, softmax and the optimizer are left out. XLA's own count takes the body of a loop once, whatever its trip
+count, so that it can only check these formulas where every loop runs once.
+"""
+
+import dataclasses
+
+from thinking_lm.model.decoder import ModelConfig
+from thinking_lm.thoughts.placement import blocks, capacity
+from thinking_lm.thoughts.spec import ThoughtConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+  """FLOPs of one row of T real tokens, all G samples together.
+
+  base: layers over the real tokens. think: layers over think slots and look-ahead. readout: the head, for targets and
+  for the log-probabilities of drawn thoughts. draw: making think tokens (logits and mixtures), and for rescored kinds
+  the whole drawing pass. backward: the gradient, recomputation included; 0 for a forward pass.
+  """
+
+  base: float
+  think: float
+  readout: float
+  draw: float
+  backward: float = 0.0
+
+  @property
+  def total(self) -> float:
+    """All of it."""
+    return self.base + self.think + self.readout + self.draw + self.backward
+
+  @property
+  def forward(self) -> float:
+    """All but the backward pass."""
+    return self.total - self.backward
+
+
+def layer_flops(model: ModelConfig, queries: float, keys: float) -> float:
+  """All layers over so many queries, each of which scores `keys` keys."""
+  D, E = model.width, model.resolved_head_width
+  weights = D * E * (2 * model.heads + 2 * model.kv_heads) + 3 * D * model.resolved_mlp_width
+  return model.layers * queries * (2 * weights + 4 * model.heads * E * keys)
+
+
+def ledger(
+  model: ModelConfig, vocabulary_size: int, thought: ThoughtConfig, T: int, *, packed: bool, gradient: bool
+) -> Ledger:
+  """The ledger of a row of T tokens.
+
+  Args:
+    packed: as of `placement.place`; decides how many slots a persistent stream has.
+    gradient: with a backward pass: twice the forward products, and the recomputation that `model.remat` asks for.
+  """
+  N = capacity(thought, T)
+  rows = -(-(vocabulary_size + 3) // model.vocabulary_multiple) * model.vocabulary_multiple
+  head = 2.0 * model.width * rows
+  if not thought.length:
+    return _with_backward(Ledger(layer_flops(model, T, T), 0.0, T * head, 0.0), model, gradient, 0.0)
+  G, J, n = thought.samples, thought.slots, thought.length
+  C, R = blocks(thought, T, N, packed)
+  W, kind = C + J, thought.kind_of
+  S = R * W
+  per_token = dict(pause=0.0, latent=0.0, soft=2 * head, gumbel=2 * head, sampled=head)[thought.kind]
+  if thought.kind == "latent" and model.latent_map == "linear":
+    per_token = 2.0 * model.width**2
+  if thought.topology == "private":
+    A = thought.lookahead - 1
+    base = layer_flops(model, T, T)
+    serial = G * N * (layer_flops(model, J, T + J + 1) + (layer_flops(model, A, T + J + A) if A else 0.0))
+    parallel = G * N * layer_flops(model, J + A, T + J + A)
+    readout = T * head + G * N * (A + 1) * head
+    base_serial, makes = base, G * N * n
+  else:
+    base = G * layer_flops(model, R * C, S)
+    base_serial = G * layer_flops(model, R * C, S + C)
+    serial = G * layer_flops(model, R * J, S + W + 1)
+    parallel = G * layer_flops(model, R * J, S)
+    readout, makes = G * T * head, G * R * n
+  if kind.policy:
+    readout += G * N * n * head
+  if not kind.serial:
+    return _with_backward(Ledger(base, parallel, readout, 0.0), model, gradient, 0.0)
+  draw = makes * per_token
+  if kind.policy and thought.rescore:
+    once = base_serial + serial + draw
+    return _with_backward(Ledger(base, parallel, readout, once), model, gradient, once)
+  return _with_backward(Ledger(base_serial, serial, readout, draw), model, gradient, 0.0)
+
+
+def _with_backward(forward: Ledger, model: ModelConfig, gradient: bool, untouched: float) -> Ledger:
+  """Adds the backward pass of everything but the `untouched` FLOPs, which no gradient flows through."""
+  if not gradient:
+    return forward
+  backward = 2 * (forward.total - untouched) + forward.readout  # the head is always recomputed
+  if model.remat == "full":
+    backward += forward.base + forward.think
+  return dataclasses.replace(forward, backward=backward)
+
+
+def training_flops(config, vocabulary_size: int, T: int) -> float:
+  """FLOPs of one training step of an ExperimentConfig, optimizer left out."""
+  packed = config.data.packing and config.data.source != "task"
+  row = ledger(config.model, vocabulary_size, config.thought, T, packed=packed, gradient=True)
+  return row.total * config.train.batch_size

@@ -1,0 +1,252 @@
+"""Cached decoding: the rollout's own block step, with real tokens drawn instead of given.
+
+A step feeds the newest real token, thinks where the placement says so, and draws the next token from what follows.
+Nobody thinks in a step where no row is at an anchor: the think slots are then really skipped.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from thinking_lm.model.decoder import Cache, Decoder, Model, Seen
+from thinking_lm.model.layers import MASKED
+from thinking_lm.model.rollout import block, empty_cache, stream_serial, think, write
+from thinking_lm.thoughts import topology
+from thinking_lm.thoughts.placement import PLACEMENTS, place
+from thinking_lm.thoughts.tokens import draw
+from thinking_lm.types import Batch, Params, Vocabulary
+
+
+class Sampling(NamedTuple):
+  """How real tokens are drawn. temperature 0 takes the most likely token; top_k 0 keeps all tokens."""
+
+  max_tokens: int
+  temperature: float = 1.0
+  top_k: int = 0
+
+
+@struct.dataclass
+class Generation:
+  """Continuations of B prompts, X = max_tokens.
+
+  tokens_BX: int32; the document id from the end of a continuation on. logp_BX: float32 log p(token) of the model
+  itself (temperature 1, no top_k). length_B: tokens before the end. thought_BX: bool, a thought precedes the token.
+  thoughts_BXn: int32 tokens of that thought: drawn or most likely ones; for latent and pause thoughts the real token
+  that the head reads off each think slot.
+  """
+
+  tokens_BX: jax.Array
+  logp_BX: jax.Array
+  length_B: jax.Array
+  thought_BX: jax.Array
+  thoughts_BXn: jax.Array
+
+
+class _State(NamedTuple):
+  """What a decoding step carries: filled slots of the cache, and where each row stands."""
+
+  i: jax.Array
+  cache: Cache
+  segments_BS: jax.Array
+  token_B: jax.Array
+  before_B: jax.Array
+  position_B: jax.Array
+  rotary_B: jax.Array
+  thoughts_B: jax.Array
+  done_B: jax.Array
+  out: Generation
+
+
+def generate(
+  model: Model, config, params: Params, prompts: Batch, vocabulary: Vocabulary, key, sampling: Sampling
+) -> Generation:
+  """Continues each prompt until its document ends or max_tokens are drawn.
+
+  Args:
+    config: a ThoughtConfig; its samples, look-ahead and rescoring play no part.
+    prompts: rows of one document each from position 0, padded on the right (segment 0); at least one token a row.
+    key: together with `prompts.ids_B` it decides what is drawn, for thoughts and real tokens alike.
+  """
+  decoder = model.bind(params)
+  fold = jax.vmap(jax.random.fold_in, (0, None))
+  keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, prompts.ids_B)
+  state = _prefill(decoder, config, prompts, vocabulary, fold(keys_B, 0), sampling.max_tokens)
+  token_keys_B, think_keys_B = fold(keys_B, 1), fold(keys_B, 2)
+
+  def step(state: _State) -> _State:
+    two = lambda a, b: jnp.stack([a, b], axis=1)
+    position_B2 = two(state.position_B - 1, state.position_B)
+    pair = Batch(two(state.before_B, state.token_B), None, None, jnp.ones_like(position_B2), position_B2, None)
+    marked_B = PLACEMENTS[config.placement](pair, config, vocabulary)[:, -1] & ~state.done_B
+    if config.cap:
+      marked_B &= state.thoughts_B < config.cap
+    if not config.length:
+      marked_B = jnp.zeros_like(marked_B)
+    keys = fold(think_keys_B, state.i) if config.kind_of.stochastic else None
+    advance = _private_step if config.topology == "private" else _persistent_step
+    cache, segments_BS, hidden_BD, thought_Bn = advance(decoder, config, state, marked_B, keys)
+    token_B, logp_B = _draw(decoder.logits(hidden_BD), fold(token_keys_B, state.i), sampling)
+    token_B = jnp.where(state.done_B, vocabulary.document, token_B)
+    done_B = state.done_B | (token_B == vocabulary.document)
+    put = lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, state.i, axis=1)
+    out = Generation(
+      tokens_BX=put(state.out.tokens_BX, token_B),
+      logp_BX=put(state.out.logp_BX, jnp.where(state.done_B, 0.0, logp_B)),
+      length_B=state.out.length_B + ~done_B,
+      thought_BX=put(state.out.thought_BX, marked_B),
+      thoughts_BXn=put(state.out.thoughts_BXn, jnp.where(marked_B[:, None], thought_Bn, -1)),
+    )
+    taken = config.slots * marked_B if config.rotary == "advance" and config.topology == "persistent" else 0
+    return _State(
+      i=state.i + 1,
+      cache=cache,
+      segments_BS=segments_BS,
+      token_B=token_B,
+      before_B=state.token_B,
+      position_B=state.position_B + 1,
+      rotary_B=state.rotary_B + 1 + taken,
+      thoughts_B=state.thoughts_B + marked_B,
+      done_B=done_B,
+      out=out,
+    )
+
+  return jax.lax.while_loop(lambda s: (s.i < sampling.max_tokens) & ~jnp.all(s.done_B), step, state).out
+
+
+def _draw(logits_BV, keys_B, sampling: Sampling):
+  """(token_B, its log-probability under the unmodified distribution)."""
+  kept_BV = logits_BV
+  if sampling.top_k:
+    smallest = jax.lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[-1]))[0][:, -1:]
+    kept_BV = jnp.where(logits_BV >= smallest, logits_BV, MASKED)
+  token_B = draw(kept_BV, keys_B, sampling.temperature).astype(jnp.int32)
+  logp_BV = jax.nn.log_softmax(logits_BV)
+  return token_B, jnp.take_along_axis(logp_BV, token_B[:, None], axis=1)[:, 0]
+
+
+def _stride(config) -> int:
+  """Cache slots that one decoding step fills."""
+  return 1 + (config.slots if config.topology == "persistent" else 0)
+
+
+def _prefill(decoder: Decoder, config, prompts: Batch, vocabulary, keys_B, max_tokens: int) -> _State:
+  """The state before the first step: everything of the prompts but their last tokens is in the cache."""
+  B, T = prompts.tokens_BT.shape
+  length_B = jnp.sum(prompts.segments_BT > 0, axis=1)
+  inside_BT = jnp.arange(T) < length_B[:, None] - 1
+  batch = prompts.replace(segments_BT=jnp.where(inside_BT, prompts.segments_BT, 0))
+  layout = place(batch, config, vocabulary, packed=False)
+  N = layout.anchors_BN.shape[1]
+  thoughts_B = jnp.sum(layout.anchors_BN < T, axis=1)
+  moved_B = jnp.zeros_like(length_B)
+  x_BTD = decoder.embed(batch.tokens_BT)
+  if config.length and config.topology == "persistent" and N:
+    stream = topology.persistent(batch, layout, config.slots, config.rotary)
+    x_BSD = decoder.embed(topology.take(batch.tokens_BT, stream.token_BS, 0))
+    keys_BN = None
+    if config.kind_of.stochastic:
+      keys_BN = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys_B, layout.anchors_BN)
+    cache = stream_serial(decoder, config, stream, x_BSD, keys_BN, N, layout.block)[2]
+    segments_BS = stream.segments_BS
+    if config.rotary == "advance":
+      moved_B = config.slots * thoughts_B
+  else:
+    slot_T = jnp.arange(T)
+    mask = topology.sees(batch.segments_BT, batch.segments_BT, slot_T, slot_T)
+    new = decoder(x_BTD[:, None], batch.positions_BT[:, None], mask)[1]
+    cache, segments_BS = Cache(new.k[:, :, 0], new.v[:, :, 0]), batch.segments_BT
+  room = max_tokens * _stride(config)
+  cache = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), cache, empty_cache(decoder, B, room))
+  last = lambda back: topology.take(prompts.tokens_BT, length_B[:, None] - back, 0)[:, 0]
+  X, n = max_tokens, config.length
+  return _State(
+    i=jnp.zeros((), jnp.int32),
+    cache=cache,
+    segments_BS=jnp.pad(segments_BS, ((0, 0), (0, room))),
+    token_B=last(1),
+    before_B=last(2),
+    position_B=length_B - 1,
+    rotary_B=length_B - 1 + moved_B,
+    thoughts_B=thoughts_B,
+    done_B=jnp.zeros(B, bool),
+    out=Generation(
+      tokens_BX=jnp.full((B, X), vocabulary.document, jnp.int32),
+      logp_BX=jnp.zeros((B, X)),
+      length_B=jnp.zeros(B, jnp.int32),
+      thought_BX=jnp.zeros((B, X), bool),
+      thoughts_BXn=jnp.full((B, X, n), -1, jnp.int32),
+    ),
+  )
+
+
+def _slot(config, state: _State):
+  """First cache slot that the present step fills."""
+  room = state.segments_BS.shape[1] - state.out.tokens_BX.shape[1] * _stride(config)
+  return room + state.i * _stride(config)
+
+
+def _positions(config, state: _State):
+  """positions_BW: rotary positions of the real token and of the think slots after it."""
+  step_W = jnp.arange(1 + config.slots) * (config.rotary == "advance")
+  return state.rotary_B[:, None] + step_W
+
+
+def _persistent_step(decoder, config, state: _State, marked_B, keys_B):
+  """Feeds one real token and its thought, if any: (cache, segments_BS, hidden_BD that predicts next, thought_Bn)."""
+  start, S = _slot(config, state), state.segments_BS.shape[1]
+  segments_BW = jnp.concatenate(
+    [jnp.ones_like(marked_B)[:, None], jnp.repeat(marked_B[:, None], config.slots, axis=1)], axis=1
+  ).astype(jnp.int32)
+  seen = topology.sees(segments_BW, state.segments_BS, jnp.full(segments_BW.shape[1], S), jnp.arange(S))
+  past = Seen(state.cache, seen)
+  x_B1D = decoder.embed(state.token_B)[:, None]
+  if config.length:
+    own, hidden_BWD, _, tokens_Bn = block(
+      decoder, config, past, x_B1D, segments_BW, _positions(config, state), keys_B, jnp.any(marked_B)
+    )
+    hidden_BD = jnp.where(marked_B[:, None], hidden_BWD[:, -1], hidden_BWD[:, 0])
+    thought_Bn = _read(decoder, config, hidden_BWD[:, 1:], tokens_Bn)
+  else:
+    hidden, own = decoder(x_B1D[:, None], state.rotary_B[:, None, None], jnp.ones((1, 1, 1, 1), bool), past)
+    hidden_BD, thought_Bn = hidden[:, 0, 0], jnp.zeros((state.token_B.shape[0], 0), jnp.int32)
+  segments_BS = jax.lax.dynamic_update_slice_in_dim(state.segments_BS, segments_BW, start, axis=1)
+  return write(state.cache, own, start), segments_BS, hidden_BD, thought_Bn
+
+
+def _private_step(decoder, config, state: _State, marked_B, keys_B):
+  """The same where the thought is dropped once the next token is drawn."""
+  B, start = marked_B.shape[0], _slot(config, state)
+  x_B1D = decoder.embed(state.token_B)[:, None]
+  past = Seen(state.cache, (state.segments_BS > 0)[:, None, None])
+  hidden, own = decoder(x_B1D[:, None], state.rotary_B[:, None, None], jnp.ones((1, 1, 1, 1), bool), past)
+  cache = write(state.cache, own, start)
+  segments_BS = state.segments_BS.at[:, start].set(1)
+  if not config.length:
+    return cache, segments_BS, hidden[:, 0, 0], jnp.zeros((B, 0), jnp.int32)
+
+  def thinking(hidden_BD):
+    own = Seen(empty_cache_own(decoder, B, config.slots), jnp.zeros((1, 1, 1, 0), bool))
+    past = Seen(cache, (segments_BS > 0)[:, None, None])
+    keys = None if keys_B is None else keys_B[:, None]
+    positions = _positions(config, state)[:, None, 1:]
+    states, _, tokens, _ = think(decoder, config, hidden_BD[:, None], positions, keys, past, own)
+    thought_Bn = _read(decoder, config, states[:, 0], tokens[:, 0])
+    return jnp.where(marked_B[:, None], states[:, 0, -1], hidden_BD), thought_Bn
+
+  skipping = lambda hidden_BD: (hidden_BD, jnp.full((B, config.length), -1, jnp.int32))
+  return cache, segments_BS, *jax.lax.cond(jnp.any(marked_B), thinking, skipping, hidden[:, 0, 0])
+
+
+def empty_cache_own(decoder: Decoder, B: int, J: int) -> Cache:
+  """An empty cache of one stream's own J slots, [L, B, 1, J, K, E]."""
+  return jax.tree.map(lambda a: a[:, :, None], empty_cache(decoder, B, J))
+
+
+def _read(decoder, config, states_BJD, tokens_Bn):
+  """Tokens to show for a thought: its own, or what the head reads off each think slot."""
+  if config.kind not in ("latent", "pause"):
+    return tokens_Bn.astype(jnp.int32)
+  states_BnD = states_BJD[:, config.opening : config.opening + config.length]
+  return jnp.argmax(decoder.logits(states_BnD), axis=-1).astype(jnp.int32)
