@@ -38,12 +38,15 @@ def pick(table: Mapping[str, Any], name: str, what: str):
 
 
 def to_config_dict(section) -> ml_collections.ConfigDict:
-  """The locked ConfigDict that shows a dataclass (nested dataclasses become nested ConfigDicts)."""
+  """The ConfigDict that shows a dataclass (nested dataclasses become nested ConfigDicts).
+
+  It is not locked: `parse` lists all unknown keys at once, a lock would stop at the first.
+  """
   values = {}
   for field in dataclasses.fields(section):
     value = getattr(section, field.name)
     values[field.name] = to_config_dict(value) if dataclasses.is_dataclass(value) else value
-  return ml_collections.ConfigDict(values).lock()
+  return ml_collections.ConfigDict(values)
 
 
 def parse(cls: type, mapping: Mapping[str, Any]):

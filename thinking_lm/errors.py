@@ -5,9 +5,10 @@ ours and keeps its traceback.
 """
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
-from absl import app
+from absl import app, flags, logging
 
 
 class ThinkingLMError(Exception):
@@ -62,10 +63,30 @@ class ConfigError(ThinkingLMError):
     super().__init__("\n".join(self.faults))
 
 
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    reason = str(error)
+  except (AttributeError, KeyError) as error:
+    # ml_collections raises these for a --config.key that does not exist; from anywhere else they are a defect.
+    innermost = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    if innermost.f_globals["__name__"].split(".")[0] != "ml_collections":
+      raise
+    reason = f"no such config key: {error.args[0]}"
+  print(f"error: {' '.join(reason.split())}; see --help", file=sys.stderr, flush=True)
+  sys.exit(UsageError.exit_code)
+
+
 def run(main: Callable[[Sequence[str]], object]) -> None:
-  """`absl.app.run` for a command of ours: a ThinkingLMError becomes its lines on stderr and its exit code."""
+  """`absl.app.run` for a command of ours: a ThinkingLMError becomes its lines on stderr and its exit code.
+
+  What libraries log below a warning is not shown, unless --verbosity asks for it.
+  """
 
   def guarded(argv: Sequence[str]) -> None:
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.WARNING)
     try:
       if len(argv) > 1:
         raise UsageError(f"unexpected argument {argv[1]!r}; options start with --, see --help")
@@ -75,4 +96,4 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
         print(f"error: {line}", file=sys.stderr, flush=True)
       sys.exit(error.exit_code)
 
-  app.run(guarded)
+  app.run(guarded, flags_parser=_parse_flags)

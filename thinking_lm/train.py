@@ -14,7 +14,14 @@ from ml_collections import config_flags
 from thinking_lm import config as config_lib
 from thinking_lm import errors
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; --config.key=value changes a key of it.")
+# Unknown keys are let through: `experiment.parse` lists them all at once, with what it found near.
+_CONFIG = config_flags.DEFINE_config_file(
+  "config",
+  None,
+  "Config file; --config.key=value changes a key of it.",
+  lock_config=False,
+  accept_new_attributes=True,
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, created if missing; gs:// paths also work.")
 
 
@@ -28,7 +35,10 @@ def main(argv) -> None:
   from thinking_lm import experiment
   from thinking_lm.training import loop, workdir
 
-  config = experiment.parse(_CONFIG.value)
+  try:
+    config = experiment.parse(_CONFIG.value)
+  except OSError as error:  # The flag keeps a failure to read the file until somebody looks at it.
+    raise errors.ConfigError(" ".join(str(error).split())) from error
   if config.train.distributed:
     jax.distributed.initialize()
   built = experiment.build(config)

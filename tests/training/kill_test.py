@@ -19,7 +19,7 @@ def program(request):
 def gold(program, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("gold") / "run"
   ended = harness.run(program, workdir)
-  assert ended.code == 0, ended.errors
+  assert ended.code == 0 and ended.errors == "", ended.errors
   return harness.outcome(workdir)
 
 

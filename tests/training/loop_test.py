@@ -148,14 +148,15 @@ def test_too_many_steps_that_are_not_finite_stop_the_run(tmp_path):
 def test_only_the_first_step_compiles(tmp_path):
   compiled = []
   at_step = Probe(every=1)
-  at_step.do = None
   jax.monitoring.register_event_duration_secs_listener(
     lambda event, seconds, **_: compiled.append(at_step.seen[-1:]) if "backend_compile" in event else None
   )
   try:
-    loop.train(toy.make_run(steps=4, every=100, hooks=[at_step]), str(tmp_path))
+    run = toy.make_run(steps=4, every=100, hooks=[at_step], mesh=dict(data=2, fsdp=2, tensor=2))
+    state = loop.train(run, str(tmp_path))
   finally:
     jax.monitoring.clear_event_listeners()
+  assert state.params["embed"].sharding.spec == jax.sharding.PartitionSpec("tensor", "fsdp")
   assert [] in compiled  # the first step, before the first hook
   assert [seen for seen in compiled if seen and seen[0][0] < 4] == []  # until the last step, which saves
 

@@ -12,12 +12,7 @@ from thinking_lm.training.mesh import MeshConfig, make_mesh, spec
 from thinking_lm.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from thinking_lm.training.step import StepConfig, make_train_step
 
-MESHES = [
-  dict(),
-  dict(data=1, fsdp=4, tensor=2),
-  dict(data=2, fsdp=2, tensor=2),
-  dict(data=2, sequence=4),
-]
+MESHES = [dict(), dict(data=2, fsdp=2, tensor=2), dict(data=2, sequence=4)]
 
 
 def test_the_rest_of_the_devices_fills_the_open_axis():

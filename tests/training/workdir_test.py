@@ -22,13 +22,14 @@ def test_a_relative_directory_becomes_absolute(tmp_path, monkeypatch):
   assert os.fspath(workdir.resolve("gs://bucket/runs")) == "gs://bucket/runs"
 
 
-@pytest.mark.parametrize("where", ["file", "below_a_file", "no_such_place", "name_too_long"])
+@pytest.mark.parametrize("where", ["file", "below_a_file", "no_such_place", "read_only", "name_too_long"])
 def test_a_directory_that_cannot_be_written_is_one_line(tmp_path, where):
   (tmp_path / "file").write_text("")
   paths = dict(
     file=tmp_path / "file",
     below_a_file=tmp_path / "file" / "run",
     no_such_place=pathlib.Path("/proc/no/run"),
+    read_only=pathlib.Path("/proc/self"),
     name_too_long=tmp_path / ("x" * 300),
   )
   with pytest.raises(WorkdirError) as error, workdir.hold(epath.Path(paths[where])):

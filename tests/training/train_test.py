@@ -1,0 +1,46 @@
+"""The command: wrong command lines and configs are lines with an exit code, never a traceback, and touch nothing."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.training.harness import ROOT
+
+CONFIG = "--config=configs/word_problem.py"
+
+
+def run(*arguments):
+  command = [sys.executable, "-m", "thinking_lm.train", *arguments]
+  environment = dict(os.environ, JAX_PLATFORMS="cpu")
+  return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize(
+  "arguments, code, texts",
+  [
+    ([], 64, ["--workdir=DIR are needed"]),
+    ([CONFIG, "--config.trian.steps=3"], 64, ["no such config key: 'trian'", '"train"']),
+    ([CONFIG, "--config.train.steps=abc"], 64, ["--config.train.steps=abc"]),
+    (["--config=configs/missing.py"], 78, ["configs/missing.py", "No such file"]),
+    (
+      [CONFIG, "--config.train.stepz=3", "--config.optimizer.learning_rate=nan", "--config.train.batch_size=-1"],
+      78,
+      ["config.train.stepz; did you mean config.train.steps?", "learning_rate must be finite", "batch_size must be"],
+    ),
+  ],
+)
+def test_faults_are_lines_and_nothing_is_touched(tmp_path, arguments, code, texts):
+  workdir = tmp_path / "run"
+  ended = run(*arguments, *([f"--workdir={workdir}"] if arguments else []))
+  assert ended.returncode == code, ended.stderr
+  assert all(text in ended.stderr for text in texts)
+  assert all(line.startswith("error: ") for line in ended.stderr.splitlines())
+  assert not workdir.exists()
+
+
+def test_help_lists_the_config():
+  ended = run("--help")
+  assert "--config.train.max_skips=5: non-finite steps in a row" in ended.stdout
+  assert "Exit codes" in ended.stdout
