@@ -4,8 +4,8 @@
     python -m thinking_lm.train --config=... --config.data.source=arrayrecord --config.data.input=prepared
 
 A run that was stopped goes on when the same command is given again: finished shards stay after their sha256, and the
-content of the documents they were made from, have been compared; an unfinished one is written again. An output made
-from another input, or by another tokenizer, is refused. Input and output may be local or `gs://` paths.
+content of the documents they were made from, have been compared; an unfinished or damaged one is written again. An
+output made from another input, or by another tokenizer, is refused. Input and output may be local or `gs://` paths.
 """
 
 import contextlib
@@ -116,15 +116,13 @@ def prepare(job: Job, output: str) -> prepared.Manifest:
   """Writes what is missing of a prepared directory and returns its manifest.
 
   Raises:
-    ConfigError: the directory holds the output of another job. DataError: the input, or a finished shard, is unusable.
-    WorkdirError: the directory cannot be written.
+    ConfigError: the directory holds the output of another job. DataError: the input is unusable, or is not what the
+      finished shards were made from. WorkdirError: the directory cannot be written.
   """
   directory = epath.Path(output)
   try:
     directory.mkdir(parents=True, exist_ok=True)
-    manifest = _manifest(job, directory)
-    for number, shard in enumerate(manifest.shards):
-      prepared.check_shard(directory, number, shard, content=True)
+    manifest = _sound(directory, _manifest(job, directory))
     if manifest.complete:
       return manifest
     return _write(job, directory, manifest)
@@ -151,6 +149,17 @@ def _manifest(job: Job, directory: epath.Path) -> prepared.Manifest:
         "give the old options, or another --output"
       )
   return found
+
+
+def _sound(directory: epath.Path, manifest: prepared.Manifest) -> prepared.Manifest:
+  """The manifest up to its first damaged shard; that shard and those after it are written again."""
+  for number, shard in enumerate(manifest.shards):
+    try:
+      prepared.check_shard(directory, number, shard, content=True)
+    except DataError as error:
+      print(f"prepare: writing again from shard {number} on: {error}", flush=True)
+      return dataclasses.replace(manifest, complete=False, shards=manifest.shards[:number])
+  return manifest
 
 
 def _short(value) -> str:

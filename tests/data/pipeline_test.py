@@ -2,6 +2,11 @@
 
 import dataclasses
 import itertools
+import os
+import pathlib
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -147,8 +152,8 @@ def test_batches_are_what_the_glossary_says():
     assert type(array) is np.ndarray and array.dtype == dtype
     assert array.shape == ((4,) if name == "ids_B" else (4, 16))
   assert batch.ids_B.tolist() == [12, 13, 14, 15]
-  late = next(data.batches("train", global_batch=4, start_step=2**31 + 1))
-  assert late.ids_B.tolist() == [4, 5, 6, 7]
+  late = next(data.batches("train", global_batch=4, start_step=2**30 + 20000))
+  assert late.ids_B.tolist() == [80000, 80001, 80002, 80003]
 
 
 def test_epochs_are_exact_and_differ():
@@ -218,6 +223,30 @@ def test_order_does_not_depend_on_worker_processes(parsed_flags):
         np.testing.assert_array_equal(getattr(batch, field.name), getattr(expected, field.name))
   finally:
     there.close()
+
+
+KILLED = """
+import itertools, os, signal
+from absl import app
+from thinking_lm.data import pipeline
+def main(argv):
+  data = pipeline.build(pipeline.DataConfig(source="task", workers=1))
+  batches = data.batches("train", global_batch=2)
+  for batch in itertools.islice(batches, 2):
+    print(batch.ids_B.tolist(), flush=True)
+  os.kill(os.getpid(), signal.SIGKILL)
+if __name__ == "__main__":
+  app.run(main)
+"""
+
+
+def test_workers_end_when_the_program_is_killed(tmp_path):
+  """The output ends when nobody holds it open any more: neither the program nor its worker."""
+  script = tmp_path / "killed.py"
+  script.write_text(KILLED)
+  environment = os.environ | dict(PYTHONPATH=str(pathlib.Path(__file__).resolve().parents[2]))
+  done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=60)
+  assert (done.returncode, done.stdout) == (-signal.SIGKILL, "[0, 1]\n[2, 3]\n"), done.stderr
 
 
 def test_seeds_and_splits_have_their_own_orders():

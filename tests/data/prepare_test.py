@@ -24,7 +24,8 @@ SIZES = [1, 700, 64, 63, 65, 3, 1200, 128, 5, 400]
 def write_corpus(folder, sizes=SIZES):
   """A JSONL file of random text."""
   random = np.random.default_rng(0)
-  texts = ["".join(map(chr, random.integers(32, 1000, size=size))) for size in sizes]
+  highest = [127 if size % 64 == 0 else 1000 for size in sizes]  # ASCII: documents that fill their last record
+  texts = ["".join(map(chr, random.integers(32, top, size=size))) for size, top in zip(sizes, highest, strict=True)]
   path = folder / "corpus.jsonl"
   path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
   return path
@@ -136,6 +137,18 @@ def test_a_finished_output_is_verified_and_left_alone(made):
   times = {file: file.stat().st_mtime_ns for file in out.iterdir()}
   assert command.prepare(job_of(path), str(out)) == manifest
   assert {file: file.stat().st_mtime_ns for file in out.iterdir()} == times
+
+
+def test_damaged_shards_are_written_again(made):
+  path, out, manifest = made
+  before, kept = contents(out), (out / "shard-00000.arrayrecord").stat().st_mtime_ns
+  for name in ("shard-00001.arrayrecord", "shard-00002.index.npy"):
+    (out / name).write_bytes(before[name][:-1] + b"x")
+    assert command.prepare(job_of(path), str(out)) == manifest
+    (out / name).unlink()
+    assert command.prepare(job_of(path), str(out)) == manifest
+    assert contents(out) == before
+  assert (out / "shard-00000.arrayrecord").stat().st_mtime_ns == kept
 
 
 def unfinish(out, shards):

@@ -138,6 +138,7 @@ def test_tail_division_cuts_every_document_in_three():
   whole = corpus(texts)
   parts = {split: dict(pieces(part, whole)) for split, part in sources.by_tail(whole, 0.2, 0.1).items()}
   assert [len(parts[split][0]) for split in sources.SPLITS] == [70, 20, 10]
+  assert parts["train"][2] == b"z"
   for number, text in enumerate(texts):
     assert b"".join(parts[split].get(number, b"") for split in sources.SPLITS) == text
 
@@ -146,9 +147,17 @@ def test_few_documents_are_cut_and_many_are_not(tmp_path):
   write(tmp_path, {"a.txt": b"x" * 10000})
   data = pipeline.build(DataConfig(source="text", input=f"{tmp_path}/a.txt", sequence_length=100))
   assert [data.rows(split) for split in sources.SPLITS] == [91, 6, 6]
-  write(tmp_path / "many", {f"{number}": f"document {number}".encode() for number in range(sources.TAIL_BELOW)})
-  data = pipeline.build(DataConfig(source="text", input=f"{tmp_path}/many/*", packing=False))
-  assert sum(data.rows(split) for split in sources.SPLITS) == sources.TAIL_BELOW
+  for count in (sources.TAIL_BELOW - 1, sources.TAIL_BELOW):
+    whole = corpus([b"document" * 10] * count)
+    assert (len(sources.by_size(whole, 0.1, 0.1)["validation"].document_N) == count) == (count < sources.TAIL_BELOW)
+
+
+def test_documents_stay_whole_where_each_is_a_row(tmp_path):
+  texts = {f"{number}": f"document {number} ".encode() * 10 for number in range(20)}
+  write(tmp_path, texts)
+  data = pipeline.build(DataConfig(source="text", input=f"{tmp_path}/*", packing=False, test_fraction=0.2))
+  rows = [data.splits[split].read(index)[0] for split in sources.SPLITS for index in range(data.rows(split))]
+  assert {data.tokenizer.decode(row) for row in rows} == set(texts.values())
 
 
 def test_own_validation_files(tmp_path):

@@ -27,6 +27,8 @@ def json_path(tmp_path_factory):
     show_progress=False,
   )
   model.train_from_iterator(["The cat sat. The dog ran."] * 20, trainer)
+  end = ("<|end|>", model.token_to_id("<|end|>"))
+  model.post_processor = tokenizers.processors.TemplateProcessing(single="$A <|end|>", special_tokens=[end])
   path = tmp_path_factory.mktemp("bpe") / "bpe.json"
   path.write_text(model.to_str())
   return path
@@ -85,6 +87,16 @@ def test_sentences_end_after_the_space_in_bytes_and_at_the_next_word_in_bpe(json
   ids = bpe.encode(data)
   ends = sentence_ends(ids, bpe.vocabulary)
   assert [bpe.decode(ids[: end + 1])[-4:] for end in ends] == [b" The", b" The"]
+
+
+def test_byte_level_characters_are_the_librarys():
+  tokenizers = pytest.importorskip("tokenizers")
+  table = tokenizer._byte_of_character()
+  assert set(table) == set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  spell = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
+  for text in map(chr, range(2048)):
+    ((piece, _),) = spell(text)
+    assert bytes(table[character] for character in piece) == text.encode()
 
 
 def test_json_tokenizer(json_path):

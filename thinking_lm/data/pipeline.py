@@ -8,6 +8,9 @@ a run may go on with other hosts. Epoch e is example rows * e to rows * (e + 1) 
 import dataclasses
 import hashlib
 import json
+import multiprocessing
+import os
+import threading
 from collections.abc import Iterator, Mapping
 
 import grain
@@ -169,13 +172,26 @@ class Data:
   def _iterate(self, maker: BatchMaker, start: int, stop: int) -> Iterator[types.Batch]:
     threads, ahead, workers = self.options.threads, self.options.prefetch, self.options.workers
     steps = grain.MapDataset.range(start, stop).map(maker)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead if threads else 0)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads) if threads else 0)
     dataset = steps.to_iter_dataset(options)
     if workers:
       if not flags.FLAGS.is_parsed():
         raise ConfigError("data.workers needs parsed absl flags: start with absl.app.run, or data.workers=0")
-      dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead))
+      processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
+      dataset = dataset.mp_prefetch(processes, worker_init_fn=end_with_parent)
     return iter(dataset)
+
+
+def end_with_parent(index: int, count: int) -> None:
+  """Run in a worker: makes it end when the process that started it does, even by SIGKILL."""
+  del index, count
+  parent = multiprocessing.parent_process()
+
+  def watch() -> None:
+    parent.join()
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
 
 
 def build(options: DataConfig) -> Data:

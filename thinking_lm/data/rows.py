@@ -55,7 +55,7 @@ class PackedRows:
       if take > 0:
         first = start + offset - 1
         pieces.append(self._corpus.tokens(int(self._spans.document_N[number]), first, first + take))
-      begin += max(take, 0)
+      begin += take
       number += 1
     return np.concatenate(pieces, dtype=np.int32)
 

@@ -164,7 +164,7 @@ def jsonl_documents(files: list[epath.Path], policy: Policy, counts: dict[str, i
 
 def _field(line: bytes, where: str, policy: Policy, counts: dict[str, int]) -> bytes:
   try:
-    record = json.loads(line)
+    record = json.loads(line.decode("utf-8"))
   except (json.JSONDecodeError, RecursionError) as error:
     raise DataError(f"{where}: not JSON ({error}); every line must be one object") from error
   if not isinstance(record, Mapping):
