@@ -21,6 +21,7 @@ PROMPTS = [[5, 1, 2, 0], [5, 3], [5]]
 X = 5
 
 
+@functools.cache
 def params():
   return MODEL.init(jax.random.key(1))
 
@@ -47,8 +48,12 @@ def uncached(config, generation, given=None):
   texts = [prompt + list(drawn) for prompt, drawn in zip(PROMPTS, generation.tokens_BX, strict=True)]
   batch = rows(texts)
   given = given and given(batch)
-  trace = rollout(MODEL, config, params(), batch, place(batch, config, VOCABULARY), jax.random.key(0), given)
-  logp_BT = np.asarray(trace.logp_BGT[:, 0])
+
+  @jax.jit
+  def score(params, batch):
+    return rollout(MODEL, config, params, batch, place(batch, config, VOCABULARY), jax.random.key(0), given).logp_BGT
+
+  logp_BT = np.asarray(score(params(), batch)[:, 0])
   return np.stack([logp[len(p) - 1 : len(p) - 1 + X] for logp, p in zip(logp_BT, PROMPTS, strict=True)]), batch
 
 

@@ -12,7 +12,7 @@ from flax import struct
 
 from thinking_lm.model.decoder import Cache, Decoder, Model, Seen
 from thinking_lm.model.layers import MASKED
-from thinking_lm.model.rollout import block, empty_cache, stream_serial, think, write
+from thinking_lm.model.thinking import block, empty_cache, stream_serial, think, write
 from thinking_lm.thoughts import topology
 from thinking_lm.thoughts.placement import PLACEMENTS, place
 from thinking_lm.thoughts.tokens import draw
@@ -227,7 +227,7 @@ def _private_step(decoder, config, state: _State, marked_B, keys_B):
     return cache, segments_BS, hidden[:, 0, 0], jnp.zeros((B, 0), jnp.int32)
 
   def thinking(hidden_BD):
-    own = Seen(empty_cache_own(decoder, B, config.slots), jnp.zeros((1, 1, 1, 0), bool))
+    own = Seen(empty_cache(decoder, B, 1, config.slots), jnp.zeros((1, 1, 1, 0), bool))
     past = Seen(cache, (segments_BS > 0)[:, None, None])
     keys = None if keys_B is None else keys_B[:, None]
     positions = _positions(config, state)[:, None, 1:]
@@ -237,11 +237,6 @@ def _private_step(decoder, config, state: _State, marked_B, keys_B):
 
   skipping = lambda hidden_BD: (hidden_BD, jnp.full((B, config.length), -1, jnp.int32))
   return cache, segments_BS, *jax.lax.cond(jnp.any(marked_B), thinking, skipping, hidden[:, 0, 0])
-
-
-def empty_cache_own(decoder: Decoder, B: int, J: int) -> Cache:
-  """An empty cache of one stream's own J slots, [L, B, 1, J, K, E]."""
-  return jax.tree.map(lambda a: a[:, :, None], empty_cache(decoder, B, J))
 
 
 def _read(decoder, config, states_BJD, tokens_Bn):

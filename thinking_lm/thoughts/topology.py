@@ -131,3 +131,11 @@ def window(batch: Batch, layout: Layout, lookahead: int):
   segment_BNM = take(batch.segments_BT, index_BNM.reshape(B, -1), 0).reshape(B, N, lookahead)
   inside_BNM = (segment_BNM == take(batch.segments_BT, layout.anchors_BN, 0)[..., None]) & (segment_BNM > 0)
   return jnp.where(inside_BNM, index_BNM, T)
+
+
+def rest(batch: Batch, layout: Layout, lookahead: int):
+  """inside_BNT: the targets that count for a thought: `lookahead` of them from its anchor on, 0 for the whole rest."""
+  T = batch.tokens_BT.shape[1]
+  ahead_BNT = jnp.arange(T) - layout.anchors_BN[..., None]
+  same_BNT = batch.segments_BT[:, None] == take(batch.segments_BT, layout.anchors_BN, 0)[..., None]
+  return (ahead_BNT >= 0) & (ahead_BNT < (lookahead or T)) & same_BNT

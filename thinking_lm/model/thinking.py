@@ -1,0 +1,136 @@
+"""Thinking step by step: one thought, one block of a persistent stream, and the scan over blocks.
+
+Training, scoring and generation all go through these functions; gradients flow through the whole chain.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from thinking_lm.model.decoder import DTYPES, Cache, Decoder, Seen
+from thinking_lm.thoughts import topology
+from thinking_lm.thoughts.spec import ThoughtConfig
+from thinking_lm.types import Thoughts
+
+
+def think(decoder: Decoder, config: ThoughtConfig, hidden_BPD, positions_BPJ, keys_BP, past: Seen | None, own: Seen):
+  """Emits one thought in each of P streams, one slot after the other.
+
+  Args:
+    hidden_BPD: hidden state of each anchor.
+    past: keys that all streams share, mask [B, P or 1, 1, S].
+    own: keys of each stream, of which the last J slots are free for the thought; mask [B, P, 1, W - J] of the others.
+
+  Returns:
+    (hidden_BPJD of the think slots, inputs_BPnD and tokens_BPn of the think tokens, own cache with the thought in it).
+  """
+  J, n, first = config.slots, config.length, own.cache.k.shape[-3] - config.slots
+  before = jnp.broadcast_to(own.mask_BPQS, (*hidden_BPD.shape[:2], 1, first))
+
+  def slot(x_BPD, j, cache):
+    done = jnp.broadcast_to(jnp.arange(J) < j, (*before.shape[:3], J))
+    seen = Seen(cache, jnp.concatenate([before, done], axis=-1))
+    position = jax.lax.dynamic_slice_in_dim(positions_BPJ, j, 1, axis=2)
+    hidden, new = decoder(x_BPD[:, :, None], position, jnp.ones((1, 1, 1, 1), bool), past, seen)
+    cache = jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, first + j, axis=3), cache, new)
+    return hidden[:, :, 0], cache
+
+  def control(row, j, cache):
+    return slot(decoder.embed(jnp.full(hidden_BPD.shape[:2], row)), j, cache)
+
+  def step(carry, i):
+    hidden, cache = carry
+    keys = None if keys_BP is None else jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys_BP, i)
+    x, token = config.kind_of.step(decoder, hidden, keys, config)
+    hidden, cache = slot(x, i + config.opening, cache)
+    return (hidden, cache), (hidden, x, token)
+
+  hidden, cache, around = hidden_BPD, own.cache, ([], [])
+  if config.delimiters:
+    hidden, cache = control(decoder.start, 0, cache)
+    around[0].append(hidden[:, :, None])
+  (hidden, cache), (states, inputs, tokens) = jax.lax.scan(step, (hidden, cache), jnp.arange(n))
+  if config.delimiters:
+    hidden, cache = control(decoder.stop, J - 1, cache)
+    around[1].append(hidden[:, :, None])
+  states, inputs, tokens = (jnp.moveaxis(a, 0, 2) for a in (states, inputs, tokens))
+  return jnp.concatenate([*around[0], states, *around[1]], axis=2), inputs, tokens, cache
+
+
+def block(decoder: Decoder, config, past: Seen, x_BCD, segments_BW, positions_BW, keys_B, needed=None):
+  """One block of a persistent stream: C real tokens at once, then the J slots of a thought one by one.
+
+  Args:
+    past: the cache of earlier blocks, mask [B, 1, W, S]. It is read and never changed.
+    x_BCD: inputs of the real slots. segments_BW, positions_BW: documents (0 for empty slots) and rotary positions.
+    keys_B: random keys of the thought, or None.
+    needed: bool scalar; when false, nobody thinks in this block and the think slots are left undefined. None: always.
+
+  Returns:
+    (own cache [L, B, 1, W, K, E], hidden_BWD, inputs_BnD, tokens_Bn).
+  """
+  C, J, W = x_BCD.shape[1], config.slots, segments_BW.shape[1]
+  mask = topology.sees(segments_BW, segments_BW, jnp.arange(W), jnp.arange(W))
+  real_B1CD, new = decoder(
+    x_BCD[:, None], positions_BW[:, None, :C], mask[:, :, :C, :C], Seen(past.cache, past.mask_BPQS[:, :, :C])
+  )
+  own = jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * 3 + [(0, J), (0, 0), (0, 0)]), new)
+  last_B = jnp.maximum(jnp.sum(segments_BW[:, :C] > 0, axis=1) - 1, 0)
+  anchor_B1D = jnp.take_along_axis(real_B1CD[:, 0], last_B[:, None, None], axis=1)
+
+  def thinking(own):
+    seen = Seen(past.cache, past.mask_BPQS[:, :, -1:])
+    keys_B1 = None if keys_B is None else keys_B[:, None]
+    own = Seen(own, mask[:, :, -1:, :C])
+    hidden, inputs, tokens, own = think(decoder, config, anchor_B1D, positions_BW[:, None, C:], keys_B1, seen, own)
+    return own, jnp.concatenate([real_B1CD, hidden], axis=2)[:, 0], inputs[:, 0], tokens[:, 0]
+
+  if needed is None:
+    return thinking(own)
+  shapes = jax.eval_shape(thinking, own)
+  skipped = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+
+  def skipping(own):
+    return own, skipped[1].at[:, :C].set(real_B1CD[:, 0]), *skipped[2:]
+
+  return jax.lax.cond(needed, thinking, skipping, own)
+
+
+def stream_serial(decoder, config, stream, x_BSD, keys_BN, N, C):
+  """The scan over blocks, against a cache of earlier blocks. Returns (hidden_BSD, Thoughts [B, N, ...], the cache)."""
+  B, S, D = x_BSD.shape
+  W = C + config.slots
+  R = S // W
+  blocks = lambda a: jnp.moveaxis(a.reshape(B, R, W, *a.shape[2:]), 1, 0)
+  anchor_RB = blocks(stream.anchor_BS)[:, :, -1]
+  keys_RB = None
+  if keys_BN is not None:
+    keys_RB = jnp.take_along_axis(keys_BN, jnp.minimum(anchor_RB, N - 1).T, axis=1).T
+
+  def body(cache, scanned):
+    r, x_BWD, segments_BW, positions_BW, keys_B = scanned
+    seen = topology.sees(segments_BW, stream.segments_BS, r * W + jnp.arange(W), jnp.arange(S))
+    past = Seen(cache, seen & (jnp.arange(S) < r * W))
+    own, hidden, inputs, tokens = block(decoder, config, past, x_BWD[:, :C], segments_BW, positions_BW, keys_B)
+    return write(cache, own, r * W), (hidden, inputs, tokens)
+
+  scanned = (jnp.arange(R), *map(blocks, (x_BSD, stream.segments_BS, stream.positions_BS)), keys_RB)
+  cache, (hidden, inputs, tokens) = jax.lax.scan(body, empty_cache(decoder, B, S), scanned)
+  hidden_BSD = jnp.moveaxis(hidden, 0, 1).reshape(B, S, D)
+  block_BN = jnp.minimum(stream.thought_BN // W, R - 1)
+  inputs_BNJD, tokens_BNJ = (
+    jnp.take_along_axis(jnp.moveaxis(a, 0, 1), block_BN.reshape(B, N, *[1] * (a.ndim - 2)), axis=1)
+    for a in (inputs, tokens)
+  )
+  return hidden_BSD, Thoughts(inputs_BNJD, tokens_BNJ), cache
+
+
+def empty_cache(decoder: Decoder, *slots: int) -> Cache:
+  """A cache [L, *slots, K, E] that nothing has been written to."""
+  c = decoder.config
+  shape = (c.layers, *slots, c.kv_heads, c.resolved_head_width)
+  return Cache(*(jnp.zeros(shape, DTYPES[c.compute_dtype]) for _ in range(2)))
+
+
+def write(cache: Cache, own: Cache, start) -> Cache:
+  """The cache with a block's keys and values [L, B, 1, W, K, E] at slots start ... start + W - 1."""
+  return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b[:, :, 0], start, axis=2), cache, own)
