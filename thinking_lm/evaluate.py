@@ -1,0 +1,164 @@
+"""Evaluates a trained model: with its thoughts, without, and with others in their place, on the same tokens.
+
+  python -m thinking_lm.evaluate --workdir=DIR [--split=validation] [--controls=own,none] [--samples=1,8,32]
+
+Prints a table and writes everything, intervals included, to DIR/evaluation/SPLIT-STEP.json. The same command gives the
+same numbers again. Accuracy is by teacher forcing: the real tokens before each target are given.
+
+Thoughts, one line of the table each:
+  own       the model's own, drawn once
+  none      none: the same parameters without think tokens
+  pause     the PAUSE embedding in place of every think token
+  shuffled  another sequence's: of the nearest earlier row that thinks at the same anchor number
+  moved     another position's: of the anchor before, in the same row
+
+`minus own` is what replacing the model's own thoughts costs, in nats per token, on the targets that count under both.
+Thoughts that are drawn also get log-mean-exp over K draws.
+
+Exit codes: 0 done, 64 wrong command line, 65 damaged data or checkpoints, 73 the result cannot be written, 78 wrong
+config.
+"""
+
+import datetime
+import shlex
+import sys
+import time
+from typing import Any
+
+import tqdm
+from absl import flags
+
+from thinking_lm import errors
+from thinking_lm.errors import ConfigError, UsageError, WorkdirError
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a trained run; gs:// paths also work.")
+_SPLIT = flags.DEFINE_string("split", "validation", "validation, test or train.")
+_BATCH = flags.DEFINE_integer("batch_size", 32, "Rows at once; changes memory and speed only.", lower_bound=1)
+_LIMIT = flags.DEFINE_integer("limit", 0, "Evaluate the first rows only; 0: all.", lower_bound=0)
+_CONTROLS = flags.DEFINE_list("controls", None, "Lines of the table; default: all that say something about the model.")
+_SAMPLES = flags.DEFINE_list("samples", ["1", "8", "32"], "The K of log-mean-exp, for thoughts that are drawn.")
+_AVERAGED = flags.DEFINE_bool("averaged", False, "The moving average of the parameters (runs with optimizer.ema).")
+_POSITIONS = flags.DEFINE_bool("positions", False, "Also print accuracy by position, for tasks that label every token.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the thoughts that are drawn.", lower_bound=0, upper_bound=2**32 - 1)
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+  """A bar on a terminal, else a line every few seconds, on stderr: rows done of all, and time left."""
+
+  def __init__(self):
+    self._start = self._printed = time.monotonic()
+    self._bar = None
+
+  def __call__(self, done: int, total: int) -> None:
+    """`done` of `total` rows are finished."""
+    if sys.stderr.isatty():
+      if self._bar is None:
+        self._bar = tqdm.tqdm(total=total, unit="row", desc="evaluate", file=sys.stderr)
+      self._bar.update(done - self._bar.n)
+      if done >= total:
+        self._bar.close()
+    elif time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
+      self._printed = time.monotonic()
+      left = (self._printed - self._start) / done * (total - done)
+      print(f"evaluate: {done}/{total} rows, {left:.0f} s left", file=sys.stderr, flush=True)
+
+
+def _samples() -> tuple[int, ...]:
+  wrong = [text for text in _SAMPLES.value if not (text.isascii() and text.isdecimal() and int(text))]
+  if wrong:
+    raise UsageError(f"--samples takes whole numbers from 1 up, such as 1,8,32; got {wrong[0]!r}")
+  return tuple(map(int, _SAMPLES.value))
+
+
+def _check() -> tuple[int, ...]:
+  """The samples, when the command line names only what there is. Raises UsageError."""
+  from thinking_lm.data.sources import SPLITS
+  from thinking_lm.evaluation.controls import CONTROLS, NONE
+
+  if not _WORKDIR.value:
+    raise UsageError("--workdir=DIR is needed; see --help")
+  known = (*CONTROLS, NONE)
+  if _SPLIT.value not in SPLITS:
+    raise UsageError(f"unknown split {_SPLIT.value!r}; known: {', '.join(SPLITS)}")
+  for name in _CONTROLS.value or ():
+    if name not in known:
+      raise UsageError(f"unknown control {name!r}; known: {', '.join(known)}")
+  return _samples()
+
+
+def main(argv) -> None:
+  """Loads, evaluates, prints and writes."""
+  del argv
+  samples = _check()
+  from thinking_lm import experiment
+  from thinking_lm.evaluation import evaluators, summary
+  from thinking_lm.training import mesh as mesh_lib
+  from thinking_lm.training import state, workdir
+
+  subject, params, step = experiment.load(_WORKDIR.value, _AVERAGED.value)
+  if not subject.data.rows(_SPLIT.value):
+    full = [name for name in subject.data.splits if subject.data.rows(name)]
+    raise ConfigError(f"this run's data has no {_SPLIT.value} rows; there are {', '.join(full)}")
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(data=1, fsdp=-1))
+  found = evaluators.evaluate(
+    subject,
+    params,
+    _SPLIT.value,
+    key=state.key(_SEED.value, "evaluate"),
+    batch_size=_BATCH.value,
+    limit=_LIMIT.value or None,
+    controls=_CONTROLS.value or None,
+    samples=samples,
+    put=lambda batch: mesh_lib.global_batch(mesh, batch),
+    progress=Progress(),
+  )
+  task = subject.data.task
+  tagging = task is not None and evaluators.is_tagging(task)
+  values = summary.summarise(found, tagging=tagging, task=task is not None)
+  path = workdir.resolve(_WORKDIR.value)
+  print(_title(path, step, subject.config.thought, values))
+  print(summary.table(values, positions=_POSITIONS.value))
+  print(f"\nintervals: {summary.INTERVALS}")
+  print(f"written: {_write(path, step, subject.data.digest, values)}")
+
+
+def _title(path, step: int, thought, values: dict[str, Any]) -> str:
+  what = f"{thought.length} x {thought.kind}, {thought.topology}, {thought.placement}" if thought.length else "none"
+  which = f"step {step} of {path}" + (", averaged parameters" if _AVERAGED.value else "")
+  counts = f"{values['rows']} rows, {values['real_tokens']} real tokens, {values['think_tokens']} think tokens"
+  parts = values["seconds"].values()
+  seconds = sum(part["first_batch"] + part["other_batches"] for part in parts)
+  return f"{which}; thoughts: {what}\n{values['split']}: {counts}, {seconds:.1f} s\n"
+
+
+def _write(path, step: int, digest: str, values: dict[str, Any]):
+  """Writes the result, whole or not at all. Returns its path."""
+  from thinking_lm.training import storage, workdir
+
+  name = f"{_SPLIT.value}-{step}" + ("-averaged" if _AVERAGED.value else "")
+  file = path / "evaluation" / f"{name}.json"
+  record = dict(
+    command=shlex.join(["python", "-m", "thinking_lm.evaluate", *sys.argv[1:]]),
+    step=step,
+    averaged=_AVERAGED.value,
+    limit=_LIMIT.value or None,
+    batch_size=_BATCH.value,
+    seed=_SEED.value,
+    data=digest,
+    code=workdir.code_version(),
+    written=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    **values,
+  )
+  try:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    storage.write_atomic(file, storage.canonical(record, indent=2) + "\n")
+  except OSError as error:
+    raise WorkdirError(f"cannot write {file}: {error}") from error
+  return file
+
+
+if __name__ == "__main__":
+  __doc__ = __doc__.replace("%", "%%")  # What absl prints for --help.
+  errors.run(main)
