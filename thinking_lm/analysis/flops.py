@@ -72,20 +72,20 @@ def ledger(
     serial = G * N * (layer_flops(model, J, T + J + 1) + (layer_flops(model, A, T + J + A) if A else 0.0))
     parallel = G * N * layer_flops(model, J + A, T + J + A)
     readout = T * head + G * N * (A + 1) * head
-    base_serial, makes = base, G * N * n
+    base_serial, shared, makes = base, base, G * N * n
   else:
     base = G * layer_flops(model, R * C, S)
     base_serial = G * layer_flops(model, R * C, S + C)
     serial = G * layer_flops(model, R * J, S + W + 1)
     parallel = G * layer_flops(model, R * J, S)
-    readout, makes = G * T * head, G * R * n
+    shared, readout, makes = 0.0, G * T * head, G * R * n
   if kind.policy:
     readout += G * N * n * head
   if not kind.serial:
     return _with_backward(Ledger(base, parallel, readout, 0.0), model, gradient, 0.0)
   draw = makes * per_token
   if kind.policy and thought.rescore:
-    once = base_serial + serial + draw
+    once = base_serial - shared + serial + draw  # a private prefix serves drawing and scoring
     return _with_backward(Ledger(base, parallel, readout, once), model, gradient, once)
   return _with_backward(Ledger(base_serial, serial, readout, draw), model, gradient, 0.0)
 

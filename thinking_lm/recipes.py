@@ -1,0 +1,42 @@
+"""Recipes: named answers to the four questions about a thought and to the objective. A recipe is config, never code.
+
+    config = experiment.default_config()
+    recipes.apply(config, "hybrid")
+
+Config files take the name after a colon: `--config=configs/text.py:hybrid`. Every value can still be changed from the
+command line.
+"""
+
+import ml_collections
+
+from thinking_lm.config import pick
+
+RECIPES = dict(
+  none={"thought.length": 0},
+  pause={"thought.kind": "pause", "thought.length": 1},
+  latent={"thought.kind": "latent", "thought.length": 1},
+  soft={"thought.kind": "soft", "thought.length": 1},
+  gumbel={"thought.kind": "gumbel", "thought.length": 1},
+  nll_only={"thought.kind": "sampled", "thought.length": 1, "thought.samples": 2},
+  hybrid={
+    "thought.kind": "sampled",
+    "thought.length": 1,
+    "thought.samples": 4,
+    "thought.lookahead": 0,
+    "objective.score_weight": 1.0,
+    "objective.advantage": "leave_one_out",
+  },
+)
+"""name -> what it sets.
+
+none: the plain decoder. pause: one learned token (Goyal et al. 2023). latent: the last hidden state fed back, trained
+by backprop on the real tokens only (Coconut, PonderLM-2). soft: the mean embedding (CoT2). gumbel: straight-through
+tokens. nll_only: sampled tokens and only the real tokens' gradient, so that nothing teaches the model what to think.
+hybrid: sampled tokens and both terms of grad J; exact for a persistent thought, whose reward is the document's rest.
+"""
+
+
+def apply(config: ml_collections.ConfigDict, name: str) -> ml_collections.ConfigDict:
+  """Sets the values of a recipe in `config` and returns it. Raises ConfigError for an unknown name."""
+  config.update_from_flattened_dict(pick(RECIPES, name, "recipe"))
+  return config
