@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import os
@@ -182,6 +183,30 @@ def test_a_line_says_loss_first_and_when_it_ends(monkeypatch, capsys):
   progress.show(20, dict(accuracy=0.5, bits_per_byte=2.0, loss=1.25, nats=5.0, wait_data=0.25))
   line = "step 20/110 loss 1.25 bits_per_byte 2 accuracy 0.5 wait_data 25.0% eta 9m00s\n"
   assert capsys.readouterr().out == line
+
+
+class Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+def test_on_a_terminal_there_is_a_bar_and_lines_stand_above_it(monkeypatch):
+  terminal = Terminal()
+  monkeypatch.setattr("sys.stdout", terminal)
+  progress = writers.Progress(2, 4)
+  progress.say("going on")
+  progress.show(3, dict(loss=1.25))
+  progress.advance(3)
+  progress.close()
+  text = terminal.getvalue()
+  assert "going on\n" in text and "3/4" in text and "loss 1.25" in text
+
+
+def test_only_the_first_process_speaks(capsys):
+  progress = writers.Progress(0, 4, quiet=True)
+  progress.say("going on")
+  progress.show(3, dict(loss=1.25))
+  assert capsys.readouterr().out == ""
 
 
 def test_a_last_row_cut_short_by_a_crash_is_dropped(tmp_path):

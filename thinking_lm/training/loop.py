@@ -72,8 +72,9 @@ class Hook(Protocol):
 class Signals:
   """Turns SIGTERM and SIGINT into a wish to stop after the current step; a second one ends the process at once.
 
-  With `jax.distributed` the library owns SIGTERM and agrees on one step for all processes. This is the only owner
-  otherwise. Outside the main thread no handler can be set, and the caller's stand.
+  With `jax.distributed` the library owns SIGTERM and agrees on one step for all processes (it knows nothing of SIGINT,
+  which one process must not obey alone). This is the only owner otherwise. Outside the main thread no handler can be
+  set, and the caller's stand.
   """
 
   def __init__(self):
@@ -82,7 +83,7 @@ class Signals:
     self._before: dict[int, Any] = {}
 
   def __enter__(self) -> "Signals":
-    wanted = (signal.SIGINT,) if self.distributed else (signal.SIGINT, signal.SIGTERM)
+    wanted = () if self.distributed else (signal.SIGINT, signal.SIGTERM)
     if threading.current_thread() is threading.main_thread():
       self._before = {number: signal.signal(number, self._handle) for number in wanted}
     return self
@@ -98,8 +99,8 @@ class Signals:
 
   def asked(self, step: int) -> str | None:
     """The signal that asks to stop after `step` finished steps; the same answer on all processes."""
-    if self.distributed and multihost_utils.reached_preemption_sync_point(step):
-      return "SIGTERM"
+    if self.distributed:
+      return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
     return self._wish
 
 
