@@ -195,11 +195,12 @@ def test_on_a_terminal_there_is_a_bar_and_lines_stand_above_it(monkeypatch):
   monkeypatch.setattr("sys.stdout", terminal)
   progress = writers.Progress(2, 4)
   progress.say("going on")
-  progress.show(3, dict(loss=1.25))
+  progress.show(3, dict(accuracy=0.5, loss=1.25))
   progress.advance(3)
   progress.close()
   text = terminal.getvalue()
-  assert "going on\n" in text and "3/4" in text and "loss 1.25" in text
+  assert "going on\n" in text and "| 3/4" in text and "step/s, loss 1.25]" in text
+  assert "step 3/4 loss 1.25 accuracy 0.5 eta" in text
 
 
 def test_only_the_first_process_speaks(capsys):

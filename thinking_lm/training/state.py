@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from thinking_lm import types
 from thinking_lm.training import mesh as mesh_lib
 
-PURPOSES = dict(init=0, train=1, evaluate=2)
+PURPOSES = dict(init=0, train=1, evaluate=2, generate=3)
 """What a random key is for: keys of different purposes never meet."""
 
 

@@ -32,6 +32,7 @@ FREE_KEYS = (
   "train.accumulation",
   "train.distributed",
   "checkpoint.",
+  "evaluation.",
   "mesh.",
 )
 """Config keys, or whole sections, that may change when a run is continued: they do not change what is computed, apart

@@ -1,8 +1,9 @@
-"""Where numbers go: rows of `metrics.jsonl`, TensorBoard, and a bar on a terminal or plain lines elsewhere."""
+"""Where numbers go: rows of `metrics.jsonl`, TensorBoard, and lines for people, with a bar on a terminal."""
 
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -141,7 +142,7 @@ def derived(metrics: Mapping[str, Mean]) -> dict[str, float]:
 
 
 class Progress:
-  """How the run goes: a bar on a terminal, elsewhere a line for each logged step, nothing where `quiet`."""
+  """How the run goes: a line for each logged step, on a terminal with a bar below; nothing where `quiet`."""
 
   def __init__(self, start: int, steps: int, quiet: bool = False):
     stream = sys.stdout
@@ -149,7 +150,9 @@ class Progress:
     self._begin = time.monotonic()
     self._bar = None
     if stream.isatty() and not quiet:
-      self._bar = tqdm.tqdm(total=steps, initial=start, file=stream, unit="step", dynamic_ncols=True)
+      # Some terminals say that they have no columns and no rows; tqdm would then show nothing.
+      size = shutil.get_terminal_size()
+      self._bar = tqdm.tqdm(total=steps, initial=start, file=stream, unit="step", ncols=size.columns, nrows=size.lines)
 
   def say(self, line: str) -> None:
     """A line of its own."""
@@ -169,8 +172,7 @@ class Progress:
     names = first + [name for name in values if name not in (*first, *ROWS_ONLY)]
     texts = [f"{name} {_number(name, values[name])}" for name in names]
     if self._bar is not None:
-      self._bar.set_postfix_str(" ".join(texts[:4]))
-      return
+      self._bar.set_postfix_str(" ".join(texts[: len(first)]), refresh=False)
     left = (time.monotonic() - self._begin) / max(step - self._start, 1) * (self._steps - step)
     self.say(" ".join([f"step {step}/{self._steps}", *texts, f"eta {_duration(left)}"]))
 
