@@ -20,6 +20,7 @@ config.
 """
 
 import datetime
+import functools
 import shlex
 import sys
 import time
@@ -39,6 +40,7 @@ _CONTROLS = flags.DEFINE_list("controls", None, "Lines of the table; default: al
 _SAMPLES = flags.DEFINE_list("samples", ["1", "8", "32"], "The K of log-mean-exp, for thoughts that are drawn.")
 _AVERAGED = flags.DEFINE_bool("averaged", False, "The moving average of the parameters (runs with optimizer.ema).")
 _POSITIONS = flags.DEFINE_bool("positions", False, "Also print accuracy by position, for tasks that label every token.")
+_GENERATE = flags.DEFINE_bool("generate", True, "Also score greedily generated answers, for tasks that ask for text.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the thoughts that are drawn.", lower_bound=0, upper_bound=2**32 - 1)
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -102,6 +104,9 @@ def main(argv) -> None:
     full = [name for name in subject.data.splits if subject.data.rows(name)]
     raise ConfigError(f"this run's data has no {_SPLIT.value} rows; there are {', '.join(full)}")
   mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(data=1, fsdp=-1))
+  task = subject.data.task
+  tagging = task is not None and evaluators.is_tagging(task)
+  answer = functools.partial(subject.answer, params, key=state.key(_SEED.value, "generate"))
   found = evaluators.evaluate(
     subject,
     params,
@@ -112,10 +117,9 @@ def main(argv) -> None:
     controls=_CONTROLS.value or None,
     samples=samples,
     put=lambda batch: mesh_lib.global_batch(mesh, batch),
+    answer=answer if task is not None and not tagging and _GENERATE.value else None,
     progress=Progress(),
   )
-  task = subject.data.task
-  tagging = task is not None and evaluators.is_tagging(task)
   values = summary.summarise(found, tagging=tagging, task=task is not None)
   path = workdir.resolve(_WORKDIR.value)
   print(_title(path, step, subject.config.thought, values))

@@ -5,28 +5,36 @@ the parts. Nothing below this file sees a ConfigDict, and nothing above it needs
 """
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from thinking_lm import config as config_lib
 from thinking_lm.config import option
 from thinking_lm.data import pipeline
+from thinking_lm.data.rows import assemble
+from thinking_lm.data.tasks import Example
 from thinking_lm.errors import ConfigError
+from thinking_lm.evaluation.hook import EvaluationConfig, hooks
 from thinking_lm.metrics import Mean
 from thinking_lm.model.decoder import Model, ModelConfig
+from thinking_lm.model.generate import Generation, Sampling, generate
 from thinking_lm.model.rollout import rollout
 from thinking_lm.objectives.advantages import ADVANTAGES
 from thinking_lm.objectives.objective import ObjectiveConfig, objective, volume
 from thinking_lm.thoughts.placement import place
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.training.checkpoint import CheckpointConfig, read_params
-from thinking_lm.training.loop import TrainConfig
-from thinking_lm.training.mesh import MeshConfig, make_mesh, shardings
+from thinking_lm.training.loop import Run, TrainConfig
+from thinking_lm.training.mesh import MeshConfig, global_batch, make_mesh, shardings
 from thinking_lm.training.optimizer import OptimizerConfig, schedule_faults
+from thinking_lm.training.state import key as random_key
 from thinking_lm.training.workdir import resolve
 from thinking_lm.types import Batch, Layout, Params, Thoughts, Trace
 
@@ -42,6 +50,7 @@ class ExperimentConfig:
   optimizer: OptimizerConfig = option(OptimizerConfig(), "optimizer")  # noqa: RUF009
   train: TrainConfig = option(TrainConfig(), "training loop")  # noqa: RUF009
   checkpoint: CheckpointConfig = option(CheckpointConfig(), "checkpoints")  # noqa: RUF009
+  evaluation: EvaluationConfig = option(EvaluationConfig(), "evaluation while training")  # noqa: RUF009
   mesh: MeshConfig = option(MeshConfig(), "device mesh")  # noqa: RUF009
 
   def faults(self) -> list[str]:
@@ -78,7 +87,11 @@ def parse(values: Mapping[str, Any]) -> ExperimentConfig:
   return config_lib.parse(ExperimentConfig, values)
 
 
-@dataclasses.dataclass(frozen=True)
+PROMPT_MULTIPLE = 32
+"""Prompts are padded to a multiple of this, so that prompts of about one length share a compilation."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Experiment:
   """The parts of a run, as plain objects and pure functions.
 
@@ -118,6 +131,54 @@ class Experiment:
     trace = self.rollout(params, batch, key)
     loss, metrics = objective(self.config.objective, trace)
     return loss, metrics | volume(trace, batch, self.data.vocabulary)
+
+  def run(self) -> Run:
+    """What `training.loop.train` trains. Raises ConfigError if the mesh does not fit the devices."""
+    c = self.config
+    put = functools.partial(global_batch, make_mesh(c.mesh))
+    return Run(
+      init_fn=self.init,
+      axes=self.axes,
+      loss_fn=self.loss_fn,
+      data=self.data,
+      train=c.train,
+      checkpoint=c.checkpoint,
+      optimizer=c.optimizer,
+      mesh=c.mesh,
+      resolved_config=config_lib.to_config_dict(c).to_dict(),
+      hooks=hooks(c.evaluation, self, random_key(c.train.seed, "evaluate"), put),
+    )
+
+  def generate(self, params: Params, prompts: Sequence[bytes], key, sampling: Sampling) -> Generation:
+    """Continues texts; row b of the result (numpy leaves) belongs to prompts[b]. An empty prompt is a fresh document.
+
+    What is drawn for a prompt depends on `key`, its place in the list and itself.
+    """
+    border = np.array([self.data.vocabulary.document], np.int32)
+    rows = [np.concatenate([border, self.data.tokenizer.encode(prompt)]) for prompt in prompts]
+    longest = max(map(len, rows))
+    batch = assemble(
+      [(row, row, np.zeros(len(row))) for row in rows],
+      -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE,
+      np.arange(len(rows), dtype=np.uint32),
+      self.data.vocabulary,
+    )
+    return jax.device_get(self._decode(sampling)(params, jax.tree.map(jnp.asarray, batch), key=key))
+
+  @functools.lru_cache(maxsize=4)  # noqa: B019 (an experiment lives as long as its process)
+  def _decode(self, sampling: Sampling):
+    """The compiled decoder."""
+    return jax.jit(
+      functools.partial(generate, self.model, self.config.thought, vocabulary=self.data.vocabulary, sampling=sampling)
+    )
+
+  def answer(self, params: Params, examples: Sequence[Example], key) -> list[bytes]:
+    """Greedy answers to the prompts of a text task, for its verifier."""
+    room = max(len(example.answer) for example in examples) + 8
+    made = self.generate(params, [example.prompt for example in examples], key, Sampling(room, temperature=0.0))
+    return [
+      self.data.tokenizer.decode(tokens[:length]) for tokens, length in zip(made.tokens_BX, made.length_B, strict=True)
+    ]
 
 
 def build(config: ExperimentConfig) -> Experiment:

@@ -42,18 +42,7 @@ def main(argv) -> None:
   if config.train.distributed:
     jax.distributed.initialize()
   built = experiment.build(config)
-  run = loop.Run(
-    init_fn=built.init,
-    axes=built.axes,
-    loss_fn=built.loss_fn,
-    data=built.data,
-    train=config.train,
-    checkpoint=config.checkpoint,
-    optimizer=config.optimizer,
-    mesh=config.mesh,
-    resolved_config=config_lib.to_config_dict(config).to_dict(),
-  )
-  loop.train(run, _WORKDIR.value)
+  loop.train(built.run(), _WORKDIR.value)
   path = workdir.resolve(_WORKDIR.value)
   print(f"checkpoints: {path / 'checkpoints'}\nmetrics: {path / 'metrics.jsonl'}\ntensorboard: {path / 'tensorboard'}")
 

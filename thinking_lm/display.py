@@ -1,0 +1,49 @@
+r"""The one way out for text that a model wrote or a data set holds: nothing in it can steer a terminal.
+
+Model output is untrusted. What is not printable becomes its escape (`\x1b`), bytes that are no UTF-8 become U+FFFD.
+"""
+
+import unicodedata
+from collections.abc import Sequence
+
+from thinking_lm.model.generate import Generation
+
+UNSAFE = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
+"""Unicode categories that are escaped: controls, direction overrides, surrogates, unassigned, line separators."""
+
+
+def safe(data: bytes) -> str:
+  """Text for a terminal: printable characters, newlines and tabs; everything else as an escape."""
+  text = data.decode("utf-8", errors="replace")
+  return "".join(
+    c if c in "\n\t" or unicodedata.category(c) not in UNSAFE else c.encode("unicode_escape").decode() for c in text
+  )
+
+
+def inline(data: bytes) -> str:
+  """`safe`, on one line."""
+  return safe(data).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def continuation(tokenizer, generation: Generation, row: int, thoughts: bool, colour: bool) -> str:
+  """A row's generated text; with `thoughts`, each thought stands in brackets before the token it led to.
+
+  A latent or pause thought shows the real tokens that the head reads off its think slots.
+  """
+  length = int(generation.length_B[row])
+  tokens = generation.tokens_BX[row]
+  if not thoughts:
+    return safe(tokenizer.decode(tokens[:length]))
+  opening, closing = ("\x1b[2m⟨", "⟩\x1b[0m") if colour else ("⟨", "⟩")
+  pieces = []
+  for i in range(min(length + 1, len(tokens))):
+    if generation.thought_BX[row, i]:
+      pieces.append(opening + inline(_words(tokenizer, generation.thoughts_BXn[row, i])) + closing)
+    if i < length:
+      pieces.append(safe(tokenizer.decode(tokens[i : i + 1])))
+  return "".join(pieces)
+
+
+def _words(tokenizer, tokens: Sequence[int]) -> bytes:
+  border = tokenizer.vocabulary.document
+  return b"".join(b"|" if token == border else tokenizer.decode([token]) for token in tokens if token >= 0)
