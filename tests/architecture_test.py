@@ -17,6 +17,7 @@ MAY_IMPORT = {
   "types": set(),
   "metrics": GLOSSARY,
   "config": GLOSSARY,
+  "recipes": GLOSSARY,
   "data": GLOSSARY,
   "thoughts": GLOSSARY | {"data"},
   "model": GLOSSARY | {"data", "thoughts"},

@@ -50,7 +50,8 @@ def main(argv) -> None:
   if not _WORKDIR.value:
     raise UsageError("--workdir=DIR is needed; see --help")
   prompts = _prompts()
-  from thinking_lm import display, experiment
+  from thinking_lm import experiment
+  from thinking_lm.evaluation import display
   from thinking_lm.model.generate import Sampling
   from thinking_lm.training import state
 

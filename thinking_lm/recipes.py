@@ -7,8 +7,6 @@ Config files take the name after a colon: `--config=configs/text.py:hybrid`. Eve
 command line.
 """
 
-import ml_collections
-
 from thinking_lm.config import pick
 
 RECIPES = dict(
@@ -36,7 +34,7 @@ hybrid: sampled tokens and both terms of grad J; exact for a persistent thought,
 """
 
 
-def apply(config: ml_collections.ConfigDict, name: str) -> ml_collections.ConfigDict:
-  """Sets the values of a recipe in `config` and returns it. Raises ConfigError for an unknown name."""
+def apply(config, name: str):
+  """Sets the values of a recipe in `config`, a ConfigDict, and returns it. Raises ConfigError for an unknown name."""
   config.update_from_flattened_dict(pick(RECIPES, name, "recipe"))
   return config

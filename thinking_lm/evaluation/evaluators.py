@@ -132,7 +132,7 @@ class Runner:
   """
 
   def __init__(self, subject: Subject):
-    self._subject = subject
+    self.subject = subject
     self.thought = dataclasses.replace(subject.config.thought, samples=1)
     self._without = dataclasses.replace(self.thought, length=0)
     self.think = jax.jit(self._think)
@@ -144,35 +144,37 @@ class Runner:
   def first(self, params: Params, batch: Batch) -> tuple[Thoughts, np.ndarray]:
     """(before, before_N) of the first batch: nobody has thought yet."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    trace = jax.eval_shape(lambda *of: self._subject.rollout(*of, thought=self.thought), params, batch, key)
+    trace = jax.eval_shape(lambda *of: self.subject.rollout(*of, thought=self.thought), params, batch, key)
     before = jax.tree.map(lambda a: np.zeros((1, *a.shape[1:]), a.dtype), trace.thoughts)
     return before, np.zeros(trace.valid_BN.shape[1], bool)
 
   def _think(self, params, batch, key, before, before_N):
     """(Source, what the next batch has before it, think tokens used)."""
-    trace = self._subject.rollout(params, batch, jax.random.fold_in(key, 0), thought=self.thought)
-    decoder = self._subject.model.bind(params)
+    trace = self.subject.rollout(params, batch, jax.random.fold_in(key, 0), thought=self.thought)
+    decoder = self.subject.model.bind(params)
     source = Source(trace.thoughts, trace.valid_BN, decoder.embed(decoder.pause), before, before_N)
     return source, latest(source), trace.used_BGN.sum()
 
   def _turn(self, control):
     def turn(batch, source):
       thoughts, changed_BN = control(source)
-      layout = self._subject.place(batch, self.thought)
+      layout = self.subject.place(batch, self.thought)
+      # Weak types would make `score` compile again for the control that has them.
+      thoughts = jax.tree.map(lambda a: jax.lax.convert_element_type(a, a.dtype), thoughts)
       return thoughts, counted(batch, layout, changed_BN, self.thought.topology), changed_BN.sum()
 
     return turn
 
   def _score(self, params, batch, key, given):
-    trace = self._subject.rollout(params, batch, key, given=given, thought=self.thought)
+    trace = self.subject.rollout(params, batch, key, given=given, thought=self.thought)
     return trace.logp_BGT[:, 0], trace.hit_BGT[:, 0]
 
   def _score_without(self, params, batch):
-    trace = self._subject.rollout(params, batch, None, thought=self._without)
+    trace = self.subject.rollout(params, batch, None, thought=self._without)
     return trace.logp_BGT[:, 0], trace.hit_BGT[:, 0]
 
   def _draw(self, params, batch, key):
-    return self._subject.rollout(params, batch, key, thought=self.thought).logp_BGT[:, 0]
+    return self.subject.rollout(params, batch, key, thought=self.thought).logp_BGT[:, 0]
 
 
 class Mixer:
@@ -244,9 +246,8 @@ def row_sums(batch: Batch, vocabulary: Vocabulary, counted_BT, asked_BT, logp_BT
 class Collector:
   """Takes batch after batch, keeps sums, and gives the Evaluation."""
 
-  def __init__(self, subject: Subject, split: str, controls: Sequence[str], samples: Sequence[int]):
-    self._subject, self._split, self._controls = subject, split, controls
-    self._runner = Runner(subject)
+  def __init__(self, runner: Runner, split: str, controls: Sequence[str], samples: Sequence[int]):
+    self._runner, self._data, self._split, self._controls = runner, runner.subject.data, split, controls
     self._mixer = Mixer(self._runner, samples)
     self._arms: dict[str, list[Arm]] = {name: [] for name in controls}
     self._draws: dict[int, list[Draws]] = {k: [] for k in self._mixer.samples}
@@ -272,12 +273,12 @@ class Collector:
       self._before = jax.device_get(after)  # on the host: a later batch then compiles nothing new
       self._think += int(used)
       self._anchors += int(source.valid_BN.sum())
-    asked_BT = asked(self._subject.data, self._split, host)
+    asked_BT = asked(self._data, self._split, host)
     reference = None
     for name in self._controls:
       logp_BT, hit_BT, counted_BT, changed = self._scored(name, params, batch, key, source)
       reference = reference or (logp_BT, hit_BT)
-      rest = (host, self._subject.data.vocabulary, counted_BT, asked_BT)
+      rest = (host, self._data.vocabulary, counted_BT, asked_BT)
       self._arms[name].append(_arm(rest, (logp_BT, hit_BT), reference, changed))
     if self._mixer.samples:
       drawn = self._timed("draws", self._mixer, params, batch, key, host.weights_BT)
@@ -348,6 +349,7 @@ def evaluate(
   samples: Sequence[int] = (1, 8, 32),
   put: Callable[[Batch], Batch] = lambda batch: batch,
   answer: Answer | None = None,
+  runner: Runner | None = None,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
   """One pass over the first `limit` rows (default all) of a split, in one process.
@@ -359,6 +361,7 @@ def evaluate(
     samples: the K of the log-mean-exp rows; left out where thoughts are not drawn.
     put: host batch -> device batch.
     answer: generates answers; the task's verifier scores them. None: no such rows.
+    runner: of an earlier call with the same `subject`, which then compiles nothing again.
     progress: called with (rows done, rows in all) after each batch.
 
   Raises:
@@ -371,7 +374,7 @@ def evaluate(
   if answer is not None and subject.data.task is None:
     raise ConfigError("generated answers are scored by a task's verifier; this data has no task")
   total = min(subject.data.rows(split), limit or subject.data.rows(split))
-  collector = Collector(subject, split, chosen, samples if draws_anything(thought) else ())
+  collector = Collector(runner or Runner(subject), split, chosen, samples if draws_anything(thought) else ())
   for host in subject.data.evaluation_batches(split, batch_size=batch_size, limit=limit):
     collector.add(params, host, put(host), key)
     progress(min(int(host.ids_B[-1]) + 1, total), total)

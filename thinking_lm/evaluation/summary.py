@@ -110,27 +110,28 @@ def table(summary: Mapping[str, Any], positions: bool = False) -> str:
   for name, arm in summary["arms"].items():
     less = arm["minus_reference"] if name != reference else None
     columns = (arm["nats_per_token"], arm["bits_per_byte"], less, arm["accuracy"], arm["whole_examples"])
-    rows.append((name, *map(_text, columns), str(arm["rows"]), f"{arm['targets']:g}"))
-  blocks = [_aligned(rows)]
+    rows.append((name, *map(text, columns), str(arm["rows"]), f"{arm['targets']:g}"))
+  blocks = [aligned(rows)]
   if summary["draws"]:
     rows = [("draws", "log-mean-exp, nats/token", "bits/byte", "minus none", "mean log, nats/token")]
     for k, draws in summary["draws"].items():
       columns = ("nats_per_token", "bits_per_byte", "minus_none", "expected_nats_per_token")
-      rows.append((f"K = {k}", *(_text(draws[column]) for column in columns)))
-    blocks.append(_aligned(rows))
+      rows.append((f"K = {k}", *(text(draws[column]) for column in columns)))
+    blocks.append(aligned(rows))
   if summary["generated"]:
-    rows = [("generated", "score", "whole"), ("answers", *map(_text, summary["generated"].values()))]
-    blocks.append(_aligned(rows))
+    rows = [("generated", "score", "whole"), ("answers", *map(text, summary["generated"].values()))]
+    blocks.append(aligned(rows))
   if positions and summary["positions"]:
     names = list(summary["positions"])
     by_T = zip(*summary["positions"].values(), strict=True)
     rows = [(str(t), *("-" if x is None else f"{x:.3f}" for x in row)) for t, row in enumerate(by_T)]
-    blocks.append(_aligned([("accuracy at", *names), *rows]))
+    blocks.append(aligned([("accuracy at", *names), *rows]))
   notes = [f"{name} left out: {reason}" for name, reason in summary["omitted"].items()]
   return "\n\n".join([*blocks, "\n".join(notes)] if notes else blocks)
 
 
-def _text(interval: Sequence[float | None] | None) -> str:
+def text(interval: Sequence[float | None] | None) -> str:
+  """`value [low, high]`, or why there is none."""
   if interval is None:
     return "-"
   value, low, high = interval
@@ -139,6 +140,7 @@ def _text(interval: Sequence[float | None] | None) -> str:
   return f"{value:.4f}" if low is None or high is None else f"{value:.4f} [{low:.4f}, {high:.4f}]"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+  """Rows of cells as lines of aligned columns."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return "\n".join("  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows)
