@@ -32,8 +32,9 @@ def toy(steps: int, sleep: float = 0.0) -> Program:
 
 
 def experiment(config: str, *overrides: str) -> Program:
-  """`thinking_lm.train` with `configs/CONFIG.py`; it must log every step and save every few."""
-  flags = [f"--config=configs/{config}.py", *overrides]
+  """`thinking_lm.train` with a config `NAME:RECIPE`; it must log every step and save every few."""
+  name, recipe = config.split(":")
+  flags = [f"--config=configs/{name}.py:{recipe}", *overrides]
   return lambda workdir: [sys.executable, "-m", "thinking_lm.train", *flags, f"--workdir={workdir}"]
 
 
