@@ -13,6 +13,7 @@ def get_config(recipe="latent"):
   config = experiment.default_config()
   config.data.source = "default"
   config.data.sequence_length = 128
+  config.data.align = 8
   config.model.layers = 2
   config.model.width = 128
   config.thought.placement = "stride"

@@ -105,7 +105,7 @@ def main(argv) -> None:
     raise ConfigError(f"this run's data has no {_SPLIT.value} rows; there are {', '.join(full)}")
   mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(data=1, fsdp=-1))
   task = subject.data.task
-  tagging = task is not None and evaluators.is_tagging(task)
+  tagging = task is not None and task.tagging
   answer = functools.partial(subject.answer, params, key=state.key(_SEED.value, "generate"))
   found = evaluators.evaluate(
     subject,

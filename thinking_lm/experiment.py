@@ -116,8 +116,7 @@ class Experiment:
 
   def place(self, batch: Batch, thought: ThoughtConfig | None = None) -> Layout:
     """Where a batch is thought about; `thought` in place of the config's, for an evaluation."""
-    packed = self.config.data.packing and self.config.data.source != "task"
-    return place(batch, thought or self.config.thought, self.data.vocabulary, packed)
+    return place(batch, thought or self.config.thought, self.data.vocabulary, self.data.aligned)
 
   def rollout(
     self, params: Params, batch: Batch, key, given: Thoughts | None = None, thought: ThoughtConfig | None = None

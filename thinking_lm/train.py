@@ -8,7 +8,7 @@ written, 75 stopped by a signal with everything saved, 78 wrong config. After 74
 started again.
 """
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from thinking_lm import config as config_lib
@@ -42,6 +42,9 @@ def main(argv) -> None:
   if config.train.distributed:
     jax.distributed.initialize()
   built = experiment.build(config)
+  for name, count in built.data.counts.items():
+    if count:
+      logging.warning("data: %d %s", count, name.replace("_", " "))
   loop.train(built.run(), _WORKDIR.value)
   path = workdir.resolve(_WORKDIR.value)
   print(f"checkpoints: {path / 'checkpoints'}\nmetrics: {path / 'metrics.jsonl'}\ntensorboard: {path / 'tensorboard'}")

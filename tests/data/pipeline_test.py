@@ -338,7 +338,7 @@ def test_digest_changes_with_what_changes_the_rows_only(tmp_path):
   same = [dict(), dict(input=f"{tmp_path}/same"), dict(threads=0, workers=3, prefetch=9), dict(memory_limit_mb=7),
           dict(task=tasks.TaskConfig(length=3))]  # fmt: skip
   different = [dict(input=f"{tmp_path}/other"), dict(sequence_length=9), dict(seed=1), dict(test_fraction=0.1),
-               dict(validation_input=f"{tmp_path}/same"), dict(division="tail")]  # fmt: skip
+               dict(validation_input=f"{tmp_path}/same"), dict(division="tail"), dict(align=4)]  # fmt: skip
   assert {digest(**changes) for changes in same} == {digest()}
   assert len({digest(**changes) for changes in [{}, *different]}) == 1 + len(different)
 

@@ -116,6 +116,13 @@ def test_examples_depend_on_seed_split_and_index_alone(name):
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))
+def test_a_tagging_task_has_labels_and_any_other_the_next_tokens(name):
+  task = tasks.build(TaskConfig(name=name, length=20))
+  examples = [task.example(0, "train", index) for index in range(5)]
+  assert task.tagging != all((example.tokens[1:] == example.targets[:-1]).all() for example in examples)
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
 def test_verifiers(name):
   task = tasks.build(TaskConfig(name=name, length=4))
   example = task.example(0, "test", 0)

@@ -40,6 +40,15 @@ def test_faults_are_lines_and_nothing_is_touched(tmp_path, arguments, code, text
   assert not workdir.exists()
 
 
+def test_what_was_mended_in_the_data_is_said_before_the_start(tmp_path):
+  (tmp_path / "a").write_bytes(b"some text " * 20)
+  (tmp_path / "b").touch()
+  source = ["--config.data.source=text", f"--config.data.input={tmp_path}/*", "--config.data.on_empty=skip"]
+  ended = run("--config=configs/text.py", *source, f"--workdir={tmp_path}/a")  # a file: it stops at the start
+  assert ended.returncode == 73, ended.stderr
+  assert "data: 1 empty skipped\n" in ended.stderr
+
+
 def test_help_lists_the_config():
   ended = run("--help")
   assert "--config.train.max_skips=5: non-finite steps in a row" in ended.stdout

@@ -46,12 +46,12 @@ def layer_flops(model: ModelConfig, queries: float, keys: float) -> float:
 
 
 def ledger(
-  model: ModelConfig, vocabulary_size: int, thought: ThoughtConfig, T: int, *, packed: bool, gradient: bool
+  model: ModelConfig, vocabulary_size: int, thought: ThoughtConfig, T: int, *, aligned: int, gradient: bool
 ) -> Ledger:
   """The ledger of a row of T tokens.
 
   Args:
-    packed: as of `placement.place`; decides how many slots a persistent stream has.
+    aligned: as of `placement.place`; decides how many slots a persistent stream has.
     gradient: with a backward pass: twice the forward products, and the recomputation that `model.remat` asks for.
   """
   N = capacity(thought, T)
@@ -60,7 +60,7 @@ def ledger(
   if not thought.length:
     return _with_backward(Ledger(layer_flops(model, T, T), 0.0, T * head, 0.0), model, gradient, 0.0)
   G, J, n = thought.samples, thought.slots, thought.length
-  C, R = blocks(thought, T, N, packed)
+  C, R = blocks(thought, T, N, aligned)
   W, kind = C + J, thought.kind_of
   S = R * W
   per_token = dict(pause=0.0, latent=0.0, soft=2 * head, gumbel=2 * head, sampled=head)[thought.kind]
@@ -102,6 +102,5 @@ def _with_backward(forward: Ledger, model: ModelConfig, gradient: bool, untouche
 
 def training_flops(config, vocabulary_size: int, T: int) -> float:
   """FLOPs of one training step of an ExperimentConfig, optimizer left out."""
-  packed = config.data.packing and config.data.source != "task"
-  row = ledger(config.model, vocabulary_size, config.thought, T, packed=packed, gradient=True)
+  row = ledger(config.model, vocabulary_size, config.thought, T, aligned=config.data.aligned, gradient=True)
   return row.total * config.train.batch_size

@@ -6,6 +6,7 @@ a run may go on with other hosts. Epoch e is example rows * e to rows * (e + 1) 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -40,6 +41,9 @@ class DataConfig:
   tokenizer: str = config.option("bytes", "bytes, tokenizers:PATH or sentencepiece:PATH; a task brings its own")
   sequence_length: int = config.option(256, "tokens of a row; 0: as long as the task's longest example", low=0)
   packing: bool = config.option(True, "rows cut from one stream of all documents; otherwise one document a row")
+  align: int = config.option(
+    1, "packing: documents start at multiples of this; with a thought.stride that divides it, blocks are full", low=1
+  )
   division: str = config.option(
     "auto",
     "how validation and test get their share: whole documents by hash, the tail of each document, or auto (tail for "
@@ -69,7 +73,17 @@ class DataConfig:
       faults.append(f"source={self.source} needs input")
     if self.validation_fraction + self.test_fraction > 0.95:
       faults.append("validation_fraction + test_fraction must be at most 0.95")
+    if self.aligned and self.sequence_length % self.aligned:
+      faults.append(
+        f"sequence_length={self.sequence_length} is not a multiple of align={self.align}: a row could start within "
+        f"padding; the next is {-(-self.sequence_length // self.align) * self.align}, and align=1 allows any"
+      )
     return faults
+
+  @property
+  def aligned(self) -> int:
+    """Documents start at multiples of so many tokens of a row; 0: each has a row of its own, and starts at 0."""
+    return self.align if self.packing and self.source != "task" else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +128,11 @@ class Data:
   task: tasks.Task | None
   counts: Mapping[str, int]
   splits: Mapping[str, Rows]
+
+  @property
+  def aligned(self) -> int:
+    """See `DataConfig.aligned`."""
+    return self.options.aligned
 
   def rows(self, split: str) -> int:
     """Rows of a split (0 where the config gives it no data)."""
@@ -231,7 +250,7 @@ def _build_documents(options: DataConfig) -> Data:
   encoder = tokenizer.from_name(options.tokenizer)
   counts: dict[str, int] = {}
   parts, contents = _parts(options, encoder, counts)
-  make = PackedRows if options.packing else DocumentRows
+  make = functools.partial(PackedRows, align=options.align) if options.packing else DocumentRows
   border, length = encoder.vocabulary.document, options.sequence_length
   splits = {split: make(corpus, spans, length, border) for split, (corpus, spans) in parts.items()}
   return Data(options, encoder.vocabulary, encoder, _digest(options, contents, encoder), length, None, counts, splits)

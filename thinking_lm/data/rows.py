@@ -1,7 +1,7 @@
 """Rows: a split of a corpus, or of a task, cut into examples with random access; and batches of them."""
 
 import dataclasses
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -10,54 +10,70 @@ from thinking_lm.data import sources, tasks
 from thinking_lm.errors import DataError
 
 
+class Row(NamedTuple):
+  """One example: at most T tokens, targets and weights; what is missing to T is padding.
+
+  real: bool, where there is a token; padding may also stand between documents.
+  """
+
+  tokens: np.ndarray
+  targets: np.ndarray
+  weights: np.ndarray
+  real: np.ndarray | bool = True
+
+
 class Rows(Protocol):
   """A split with random access."""
 
   def __len__(self) -> int:
     """Number of rows."""
 
-  def read(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, targets and weights of one row: at most T of each, all of one length; the rest is padding."""
+  def read(self, index: int) -> Row:
+    """One row."""
 
 
 class PackedRows:
   """Documents laid out as one stream, each as border + tokens, cut into rows of T.
 
-  Row i inputs stream[i T : (i + 1) T] and predicts the stream shifted by one; the stream's end predicts a border. So
+  Row i inputs stream[i T : (i + 1) T]; every input predicts what follows it in its document, the last one a border. So
   every token and border is an input once and a target once. Needs only the lengths of the documents.
+
+  Each document starts at a multiple of `align`, which divides T; what is left before the next one is padding. It is
+  fewer than `align` places, in one row with the end of the document: no row starts with padding.
   """
 
-  def __init__(self, corpus: sources.Corpus, spans: sources.Spans, length: int, border: int):
-    self._corpus, self._spans, self._length, self._border = corpus, spans, length, border
-    self._ends_N = np.cumsum(spans.stop_N - spans.start_N + 1)
+  def __init__(self, corpus: sources.Corpus, spans: sources.Spans, length: int, border: int, align: int = 1):
+    self._corpus, self._spans, self._length = corpus, spans, length
+    self._border = np.array([border], np.int32)
+    sizes_N = spans.stop_N - spans.start_N + 1
+    places_N = -(-sizes_N // align) * align
+    self._begins_N = np.cumsum(places_N) - places_N
+    self._ends_N = self._begins_N + sizes_N
 
   def __len__(self) -> int:
     return -(-int(self._ends_N[-1]) // self._length) if len(self._ends_N) else 0
 
-  def read(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    begin, total = index * self._length, int(self._ends_N[-1])
-    end = min(begin + self._length, total)
-    stream = self._slice(begin, min(end + 1, total))
-    targets = stream[1:] if end < total else np.append(stream[1:], np.int32(self._border))
-    return stream[: end - begin], targets, np.ones(end - begin, np.float32)
-
-  def _slice(self, begin: int, end: int) -> np.ndarray:
-    """int32 stream[begin:end]."""
-    pieces = []
+  def read(self, index: int) -> Row:
+    begin = index * self._length
+    end = min(begin + self._length, int(self._ends_N[-1]))
+    tokens, targets = np.zeros(end - begin, np.int32), np.zeros(end - begin, np.int32)
+    real = np.zeros(end - begin, bool)
     number = int(np.searchsorted(self._ends_N, begin, side="right"))
-    while begin < end:
-      start, stop, last = (int(array[number]) for array in (self._spans.start_N, self._spans.stop_N, self._ends_N))
-      offset = begin - (last - (stop - start) - 1)
-      if offset == 0:
-        pieces.append(np.array([self._border], np.int32))
-        begin, offset = begin + 1, 1
-      take = min(end, last) - begin
-      if take > 0:
-        first = start + offset - 1
-        pieces.append(self._corpus.tokens(int(self._spans.document_N[number]), first, first + take))
-      begin += take
+    while number < len(self._ends_N) and self._begins_N[number] < end:
+      start, stop = max(begin, int(self._begins_N[number])), min(end, int(self._ends_N[number]))
+      ids = self._piece(number, start - int(self._begins_N[number]), stop - int(self._begins_N[number]) + 1)
+      piece = slice(start - begin, stop - begin)
+      tokens[piece], targets[piece], real[piece] = ids[:-1], ids[1:], True
       number += 1
-    return np.concatenate(pieces, dtype=np.int32)
+    return Row(tokens, targets, real.astype(np.float32), real)
+
+  def _piece(self, number: int, begin: int, end: int) -> np.ndarray:
+    """int32 [begin:end] of border + tokens + border of a document; at least two of them."""
+    start, stop = int(self._spans.start_N[number]), int(self._spans.stop_N[number])
+    first, last = max(begin - 1, 0), min(end - 1, stop - start)
+    ids = self._corpus.tokens(int(self._spans.document_N[number]), start + first, start + last)
+    head, tail = self._border[: begin == 0], self._border[: end - 1 > stop - start]
+    return np.concatenate([head, ids, tail], dtype=np.int32)
 
 
 class DocumentRows:
@@ -77,12 +93,12 @@ class DocumentRows:
   def __len__(self) -> int:
     return len(self._spans.document_N)
 
-  def read(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  def read(self, index: int) -> Row:
     spans = self._spans
     document, start, stop = int(spans.document_N[index]), int(spans.start_N[index]), int(spans.stop_N[index])
     ids = self._corpus.tokens(document, start, stop).astype(np.int32)
     inputs, targets = np.concatenate([self._border, ids]), np.concatenate([ids, self._border])
-    return inputs, targets, np.ones(len(inputs), np.float32)
+    return Row(inputs, targets, np.ones(len(inputs), np.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +112,9 @@ class TaskRows:
   def __len__(self) -> int:
     return self.task.count(self.split)
 
-  def read(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  def read(self, index: int) -> Row:
     example = self.task.example(self.seed, self.split, index)
-    return example.tokens, example.targets, example.weights
+    return Row(example.tokens, example.targets, example.weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,24 +127,25 @@ class FirstRows:
   def __len__(self) -> int:
     return self.count
 
-  def read(self, index: int):
+  def read(self, index: int) -> Row:
     return self.rows.read(index)
 
 
-def assemble(rows: list[tuple], length: int, ids_B: np.ndarray, vocabulary: types.Vocabulary) -> types.Batch:
-  """A batch of rows padded to `length` (weight 0, segment 0, token 0). None stands for a row of nothing but padding.
+def assemble(rows: list[tuple | None], length: int, ids_B: np.ndarray, vocabulary: types.Vocabulary) -> types.Batch:
+  """A batch of rows padded to `length` (weight 0, segment 0, token 0, position 0); None is a row of padding only.
 
-  Segments are told apart by borders in the tokens, which no text encodes to. Raises DataError for an id outside the
-  vocabulary: on the device it would be clamped, or turn into NaN or a zero loss, in silence.
+  A row is a Row, or its fields. Segments are told apart by borders in the tokens, which no text encodes to. Raises
+  DataError for an id outside the vocabulary: on the device it would be clamped, or turn into NaN or a zero loss, in
+  silence.
   """
   shape = (len(rows), length)
   tokens_BT, targets_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
   weights_BT, real_BT = np.zeros(shape, np.float32), np.zeros(shape, bool)
   for number, row in enumerate(rows):
     if row is not None:
-      size = len(row[0])
-      tokens_BT[number, :size], targets_BT[number, :size], weights_BT[number, :size] = row
-      real_BT[number, :size] = True
+      row, size = Row(*row), len(row[0])
+      tokens_BT[number, :size], targets_BT[number, :size], weights_BT[number, :size] = row[:3]
+      real_BT[number, :size] = row.real
   for array in (tokens_BT, targets_BT):
     if array.size and not 0 <= array.min() <= array.max() < vocabulary.size:
       raise DataError(

@@ -47,6 +47,7 @@ class Task:
   draw: (generator, length) -> Example.
   score: (expected answer, given answer), both bytes -> [0, 1].
   longest: length -> most tokens that an example of it takes.
+  tagging: targets are labels and not next tokens, so that there is nothing to continue.
   """
 
   options: "TaskConfig"
@@ -54,6 +55,7 @@ class Task:
   draw: Callable[[np.random.Generator, int], Example]
   verify: Callable[[bytes, bytes], float]
   longest: Callable[[int], int]
+  tagging: bool
 
   def length(self, split: str) -> int:
     """Elements of an example of this split."""
@@ -129,7 +131,7 @@ def word_problem(options: "TaskConfig") -> Task:
   names, _ = parse_group(options.group)
   tokenizer = SymbolTokenizer(names)
   draw = functools.partial(_draw_word_problem, options.group, tokenizer)
-  return Task(options, tokenizer, draw, label_accuracy, int)
+  return Task(options, tokenizer, draw, label_accuracy, int, tagging=True)
 
 
 def _draw_word_problem(group: str, tokenizer: SymbolTokenizer, random: np.random.Generator, length: int) -> Example:
@@ -142,7 +144,7 @@ def _draw_word_problem(group: str, tokenizer: SymbolTokenizer, random: np.random
 
 def _text_task(options: "TaskConfig", write: Callable, longest: Callable[[int], int]) -> Task:
   draw = functools.partial(_draw_text, write, options)
-  return Task(options, ByteTokenizer(), draw, exact_match, longest)
+  return Task(options, ByteTokenizer(), draw, exact_match, longest, tagging=False)
 
 
 def _draw_text(write: Callable, options: "TaskConfig", random: np.random.Generator, length: int) -> Example:

@@ -220,16 +220,11 @@ def asked(data, split: str, batch: Batch) -> np.ndarray:
   """asked_BT: bool, the targets that accuracy is about: a task's labels or its answer, else all that have weight."""
   weighed_BT = np.asarray(batch.weights_BT) > 0
   task = data.task
-  if task is None or not task.options.weigh_prompt or is_tagging(task):
+  if task is None or not task.options.weigh_prompt or task.tagging:
     return weighed_BT
   prompts = [task.example(data.options.seed, split, int(i)).prompt for i in np.asarray(batch.ids_B)]
   start_B = np.array([len(task.tokenizer.encode(prompt)) for prompt in prompts])
   return weighed_BT & (np.arange(weighed_BT.shape[1]) >= start_B[:, None])
-
-
-def is_tagging(task: tasks.Task) -> bool:
-  """Whether the task labels every token, and does not go on from a prompt."""
-  return task.verify is tasks.label_accuracy
 
 
 def row_sums(batch: Batch, vocabulary: Vocabulary, counted_BT, asked_BT, logp_BT, hit_BT) -> RowSums:

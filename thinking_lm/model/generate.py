@@ -137,7 +137,7 @@ def _prefill(decoder: Decoder, config, prompts: Batch, vocabulary, keys_B, max_t
   length_B = jnp.sum(prompts.segments_BT > 0, axis=1)
   inside_BT = jnp.arange(T) < length_B[:, None] - 1
   batch = prompts.replace(segments_BT=jnp.where(inside_BT, prompts.segments_BT, 0))
-  layout = place(batch, config, vocabulary, packed=False)
+  layout = place(batch, config, vocabulary, aligned=0)
   N = layout.anchors_BN.shape[1]
   thoughts_B = jnp.sum(layout.anchors_BN < T, axis=1)
   moved_B = jnp.zeros_like(length_B)

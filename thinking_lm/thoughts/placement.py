@@ -58,30 +58,32 @@ def capacity(config, T: int) -> int:
   return min(most, T, config.cap or most)
 
 
-def blocks(config, T: int, N: int, packed: bool) -> tuple[int, int]:
+def blocks(config, T: int, N: int, aligned: int) -> tuple[int, int]:
   """(C, R): R blocks of at most C real tokens hold any row, where a block ends at an anchor or when it is full.
 
   In general R = N + T // C + 1: at most N blocks end at an anchor, the others but the last consume C tokens each. With
   a stride k, 2k - 1 tokens hold the rest of one document and the first k of the next, so that T // k + 1 blocks do.
+  Where k divides `aligned` (see `place`), every anchor is the last of k tokens at a multiple of k: T / k blocks of k.
   """
   k = config.stride
   if N == 0:
     return T, 1
   if config.placement == "stride" and not config.cap:
-    return (k, -(-T // k)) if k == 1 or not packed else (2 * k - 1, T // k + 1)
+    return (k, -(-T // k)) if aligned % k == 0 else (2 * k - 1, T // k + 1)
   C = -(-T // N)
   return C, T if C == 1 else min(T, N + T // C + 1)
 
 
-def place(batch: Batch, config, vocabulary: Vocabulary, packed: bool = True) -> Layout:
+def place(batch: Batch, config, vocabulary: Vocabulary, aligned: int = 1) -> Layout:
   """The layout of a batch: the first N marked tokens of each row. Padding is never thought about.
 
   Args:
-    packed: rows may hold several documents. When false, positions start at 0 in every row and the blocks are smaller.
+    aligned: what the data promises: documents start at multiples of so many tokens of their row. 1 promises nothing; 0
+      is one document a row, which starts at 0. The blocks are smaller where a stride divides it.
   """
   T = batch.tokens_BT.shape[1]
   N = capacity(config, T)
   marked_BT = PLACEMENTS[config.placement](batch, config, vocabulary) & (batch.segments_BT > 0)
   index_BT = jnp.where(marked_BT, jnp.arange(T), T)
-  C, R = blocks(config, T, N, packed)
+  C, R = blocks(config, T, N, aligned)
   return Layout(anchors_BN=jax.lax.sort(index_BT, dimension=1)[:, :N].astype(jnp.int32), block=C, blocks=R)
