@@ -88,11 +88,14 @@ def test_alignment_of_every_source_that_packs():
   plain = pipeline.build(DataConfig(sequence_length=64))
   aligned = pipeline.build(DataConfig(sequence_length=64, align=16))
   assert plain.digest != aligned.digest and (plain.aligned, aligned.aligned) == (1, 16)
-  texts = []
+  texts, borders = [], []
   for data in (plain, aligned):
     batches = list(data.evaluation_batches("validation", batch_size=32))
-    texts.append(joined(batches, "tokens_BT")[joined(batches, "weights_BT") > 0].tolist())
+    tokens_BT = joined(batches, "tokens_BT")
+    texts.append(tokens_BT[joined(batches, "weights_BT") > 0].tolist())
+    borders.append(np.argwhere(tokens_BT == BORDER)[:, 1] % 16)
   assert texts[0] == texts[1] and texts[0][0] == BORDER
+  assert borders[0].any() and not borders[1].any()
 
 
 def test_what_data_promises_and_which_rows_cannot_be_aligned():
