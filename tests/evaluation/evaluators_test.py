@@ -6,15 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from tests.evaluation.harness import KEY, make, run
+from tests.evaluation.harness import KEY, THOUGHT, make, run
 from thinking_lm.errors import ConfigError
 from thinking_lm.evaluation import evaluators
 from thinking_lm.thoughts.spec import ThoughtConfig
 
 LATENT = dict(kind="latent", length=1)
-SAMPLED = dict(kind="sampled", length=2, topology="private", samples=2)
-STREAM = dict(kind="sampled", length=1, placement="stride", stride=2)
-KINDS = dict(latent=LATENT, sampled=SAMPLED, stream=STREAM)
+STREAM = dict(kind="sampled", length=2, placement="stride", stride=2)
+KINDS = dict(latent=LATENT, sampled=THOUGHT, stream=STREAM)
 
 
 @functools.cache
@@ -110,7 +109,7 @@ def test_draws_are_nested_and_mixed_as_defined(kind, at_once, monkeypatch):
 def test_what_draws_nothing_has_no_draws():
   assert not run(make(thought=LATENT), controls=[], samples=(1, 8)).draws
   changes = [{}, dict(temperature=0.0), dict(length=0), dict(kind="gumbel"), dict(kind="soft"), dict(kind="pause")]
-  drawn = [evaluators.draws_anything(ThoughtConfig(**SAMPLED | change)) for change in changes]
+  drawn = [evaluators.draws_anything(ThoughtConfig(**THOUGHT | change)) for change in changes]
   assert drawn == [True, False, False, True, False, False]
 
 
@@ -172,7 +171,7 @@ def test_generated_answers_are_scored_by_the_task():
 
 def test_packed_text_counts_every_token_and_every_byte_once():
   made = make(data=dict(source="default", sequence_length=32), thought=STREAM | dict(stride=5))
-  found = run(made, limit=6, samples=(2,))
+  found = run(made, limit=6, controls=["shuffled"])
   own = found.arms["own"].sums
   assert own.count_R.tolist() == [32] * 6 and found.real_tokens == 192
   batch = next(made[0].data.evaluation_batches("validation", batch_size=6))

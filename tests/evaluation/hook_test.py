@@ -24,7 +24,7 @@ def test_training_does_not_notice_the_hook(trained, tmp_path):
 
 
 def test_the_numbers_are_those_of_an_evaluation():
-  subject, params, _ = made = make(thought=THOUGHT | dict(samples=1))
+  subject, params, _ = made = make(thought=THOUGHT)
   monitor = Monitor(EvaluationConfig(every=5, limit=0, batch_size=4), subject, jax.random.fold_in(KEY, 0), lambda b: b)
   assert monitor.every == 5
   found = monitor(1, dataclasses.make_dataclass("State", ["params"])(params))
