@@ -1,0 +1,162 @@
+"""The parts wired together: every config, every recipe, and numbers that do not depend on how a step is cut."""
+
+import dataclasses
+import pathlib
+import runpy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from thinking_lm import experiment, recipes
+from thinking_lm.config import parse
+from thinking_lm.errors import ConfigError
+from thinking_lm.training import mesh as mesh_lib
+from thinking_lm.training.step import gradients
+
+CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+SMALL = {
+  "data.source": "task",
+  "data.sequence_length": 0,
+  "data.task.length": 5,
+  "data.task.name": "word_problem",
+  "model.layers": 2,
+  "model.width": 16,
+  "model.heads": 4,
+  "model.kv_heads": 2,
+}
+
+
+def small(recipe, **values):
+  config = recipes.apply(experiment.default_config(), recipe)
+  config.update_from_flattened_dict(SMALL | values)
+  return experiment.build(experiment.parse(config))
+
+
+def first(built, rows=8):
+  batch = next(built.data.batches("train", global_batch=rows))
+  return jax.tree.map(jnp.asarray, batch)
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES)
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_config_builds_with_every_recipe(file, recipe):
+  values = runpy.run_path(str(file))["get_config"](recipe)
+  built = experiment.build(experiment.parse(values))
+  batch = first(built, 2)
+  loss, metrics = jax.eval_shape(built.loss_fn, built.model.shapes, batch, jax.random.key(0))
+  assert loss.shape == () and metrics["loss"].count.shape == ()
+  assert runpy.run_path(str(file))["__doc__"].count("\n") > 3, "a config file is a lab protocol"
+
+
+def everything(built, parts=1):
+  """(gradients, metrics, drawn tokens) of a step, compiled."""
+
+  def step(params, batch):
+    tokens = built.rollout(params, batch, jax.random.key(2)).thoughts.tokens_BGNJ
+    return *gradients(built.loss_fn, params, batch, jax.random.key(2), parts), tokens
+
+  return jax.jit(step)
+
+
+@pytest.fixture(scope="module", params=["latent", "hybrid"])
+def reference(request):
+  options = {"thought.topology": "private", "thought.lookahead": 2} if request.param == "hybrid" else {}
+  built = small(request.param, **options)
+  params, batch = built.init(jax.random.key(1)), first(built)
+  return built, params, batch, everything(built)(params, batch)
+
+
+def close(got, expected):
+  (grads, metrics, tokens), (same, before, drawn) = jax.device_get((got, expected))
+  scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(same))
+  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(same), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6 * scale)
+  assert metrics["loss"].count == before["loss"].count
+  np.testing.assert_allclose(metrics["loss"].total, before["loss"].total, rtol=1e-5)
+  np.testing.assert_array_equal(tokens, drawn)
+
+
+def test_numbers_do_not_depend_on_micro_batches(reference):
+  built, params, batch, expected = reference
+  close(everything(built, parts=4)(params, batch), expected)
+
+
+@pytest.mark.parametrize("shape", [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)])
+def test_numbers_do_not_depend_on_the_mesh(reference, shape):
+  built, params, batch, expected = reference
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(**(dict(data=-1) | shape)))
+  placed = jax.device_put(params, mesh_lib.shardings(built.axes, params, mesh))
+  rows = mesh_lib.global_batch(mesh, jax.tree.map(np.asarray, batch))
+  with jax.set_mesh(mesh):
+    close(everything(built)(placed, rows), expected)
+
+
+def test_the_second_step_compiles_nothing():
+  built = small("hybrid")
+  step = jax.jit(lambda p, b, key: gradients(built.loss_fn, p, b, key, 2))
+  params, batches = built.init(jax.random.key(0)), built.data.batches("train", global_batch=4)
+  for number in range(3):
+    params, _ = step(params, jax.tree.map(jnp.asarray, next(batches)), jax.random.key(number))
+  assert step._cache_size() == 1
+
+
+def test_bfloat16_is_close_and_keeps_float32_where_it_matters():
+  full, half = (small("latent", **{"model.compute_dtype": dtype}) for dtype in ("float32", "bfloat16"))
+  params, batch = full.init(jax.random.key(0)), first(full)
+  losses = [jax.jit(lambda p, b, f=f: f.loss_fn(p, b, jax.random.key(0))[0])(params, batch) for f in (full, half)]
+  assert losses[1].dtype == jnp.float32
+  np.testing.assert_allclose(losses[1], losses[0], rtol=0.02)
+  grads = jax.eval_shape(jax.grad(lambda p: half.loss_fn(p, batch, jax.random.key(0))[0]), params)
+  assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+
+
+def test_all_faults_are_listed_at_once():
+  config = recipes.apply(experiment.default_config(), "latent")
+  config.model.heads = 3
+  config.optimizer.learning_rate = float("nan")
+  config.objective.score_weight = 1.0
+  config.thought.samples = 4
+  config.thought.kind = "latnet"
+  with pytest.raises(ConfigError) as caught:
+    experiment.parse(config)
+  text = str(caught.value)
+  for part in ("128 does not divide into 3 heads", "learning_rate must be finite", "unknown name 'latnet'"):
+    assert part in text
+  config.thought.kind = "latent"
+  config.model.heads = 4
+  config.optimizer.learning_rate = 1e-3
+  with pytest.raises(ConfigError, match="would all be equal"):
+    experiment.parse(config)
+
+
+RULES = [
+  ({"objective.score_weight": 1.0}, "needs thoughts with a log-probability"),
+  ({"objective.score_weight": 1.0, "thought.kind": "sampled", "thought.length": 1}, "samples of at least 2, got 1"),
+  (
+    {"objective.score_weight": 1.0, "thought.kind": "sampled", "thought.length": 1, "thought.temperature": 0.0},
+    "a greedy thought has no gradient",
+  ),
+  ({"objective.base_weight": 1.0}, "there is no pass without"),
+]
+
+
+@pytest.mark.parametrize("values,message", RULES)
+def test_rules_across_sections(values, message):
+  config = experiment.default_config()
+  config.update_from_flattened_dict(values)
+  with pytest.raises(ConfigError, match=message):
+    experiment.parse(config)
+
+
+def test_what_parse_makes_is_what_the_config_says():
+  config = experiment.default_config()
+  again = experiment.parse(config)
+  assert again == experiment.ExperimentConfig()
+  assert parse(experiment.ExperimentConfig, dataclasses.asdict(again)) == again
+
+
+def test_an_unknown_recipe_lists_the_known_ones():
+  with pytest.raises(ConfigError, match="unknown recipe 'latnet'; known: gumbel, hybrid"):
+    recipes.apply(experiment.default_config(), "latnet")
