@@ -10,6 +10,7 @@ from tests.evaluation.harness import KEY, THOUGHT, make, run
 from thinking_lm.errors import ConfigError
 from thinking_lm.evaluation import evaluators
 from thinking_lm.thoughts.spec import ThoughtConfig
+from thinking_lm.types import Batch
 
 LATENT = dict(kind="latent", length=1)
 STREAM = dict(kind="sampled", length=2, placement="stride", stride=2)
@@ -192,3 +193,18 @@ def test_each_function_is_compiled_once():
   functions = [runner.think, runner.score, runner.without, *runner.turn.values()]
   assert [function._cache_size() for function in functions] == [1] * 7
   assert progress == [(4, 13), (8, 13), (12, 13), (13, 13)]
+
+
+def test_sums_of_a_row_by_hand():
+  vocabulary = make(thought=LATENT)[0].data.vocabulary  # six symbols of one byte, and the border, of none
+  targets_BT = np.array([[0, 6, 1, 2]])
+  weights_BT = np.array([[1.0, 1.0, 2.0, 0.0]])
+  batch = Batch(None, targets_BT, weights_BT, None, None, None)
+  logp_BT = np.array([[-1.0, -2.0, -4.0, np.nan]])
+  hit_BT = np.array([[True, False, True, True]])
+  every = np.ones((1, 4), bool)
+  found = evaluators.row_sums(batch, vocabulary, every, every, logp_BT, hit_BT)
+  assert [a.tolist() for a in found] == [[11.0], [4.0], [3.0], [2.0], [3.0], [0.0]]
+  counted_BT = np.array([[True, False, True, True]])
+  found = evaluators.row_sums(batch, vocabulary, counted_BT, every, logp_BT, hit_BT)
+  assert [a.tolist() for a in found] == [[9.0], [3.0], [3.0], [2.0], [2.0], [1.0]]
