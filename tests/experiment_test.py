@@ -131,6 +131,19 @@ def test_all_faults_are_listed_at_once():
     experiment.parse(config)
 
 
+def test_the_mesh_is_checked_with_everything_else():
+  config = experiment.default_config()
+  config.mesh.tensor = 3
+  config.model.heads = 3
+  with pytest.raises(ConfigError) as caught:
+    experiment.parse(config, here=True)
+  assert "128 does not divide into 3 heads" in str(caught.value) and "does not fit the 8 devices" in str(caught.value)
+  config.mesh.tensor, config.model.heads, config.train.batch_size = 1, 4, 12
+  with pytest.raises(ConfigError, match="batch_size 12 is not a multiple"):
+    experiment.parse(config, here=True)
+  assert experiment.parse(config).train.batch_size == 12, "a config may be looked at on other devices"
+
+
 RULES = [
   ({"objective.score_weight": 1.0}, "needs thoughts with a log-probability"),
   ({"objective.score_weight": 1.0, "thought.kind": "sampled", "thought.length": 1}, "samples of at least 2, got 1"),

@@ -32,7 +32,7 @@ from thinking_lm.thoughts.placement import place
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.training.checkpoint import CheckpointConfig, read_params
 from thinking_lm.training.loop import Run, TrainConfig
-from thinking_lm.training.mesh import MeshConfig, global_batch, make_mesh, shardings
+from thinking_lm.training.mesh import MeshConfig, device_faults, global_batch, make_mesh, shardings
 from thinking_lm.training.optimizer import OptimizerConfig, schedule_faults
 from thinking_lm.training.state import key as random_key
 from thinking_lm.training.workdir import resolve
@@ -82,9 +82,29 @@ def default_config() -> ml_collections.ConfigDict:
   return config_lib.to_config_dict(ExperimentConfig())
 
 
-def parse(values: Mapping[str, Any]) -> ExperimentConfig:
-  """The config as frozen sections. Raises ConfigError with every fault at once; allocates nothing."""
-  return config_lib.parse(ExperimentConfig, values)
+def parse(values: Mapping[str, Any], here: bool = False) -> ExperimentConfig:
+  """The config as frozen sections. Raises ConfigError with every fault at once; allocates nothing.
+
+  Args:
+    here: also demand that the mesh fits the devices of this job, and that the mesh divides the batch.
+  """
+  faults: list[str] = []
+  config = None
+  try:
+    config = config_lib.parse(ExperimentConfig, values)
+  except ConfigError as error:
+    faults += error.faults
+  if here:
+    try:
+      mesh, train = (
+        config_lib.parse(cls, values[name]) for cls, name in ((MeshConfig, "mesh"), (TrainConfig, "train"))
+      )
+      faults += device_faults(mesh, train.batch_size, train.accumulation, jax.device_count(), jax.process_count())
+    except ConfigError:
+      assert faults, "these sections' faults are in the list already"
+  if faults:
+    raise ConfigError(faults)
+  return config
 
 
 PROMPT_MULTIPLE = 32

@@ -36,11 +36,13 @@ def main(argv) -> None:
   from thinking_lm.training import loop, workdir
 
   try:
-    config = experiment.parse(_CONFIG.value)
+    values = _CONFIG.value
+    distributed = values.get("train", {}).get("distributed") is True
   except OSError as error:  # The flag keeps a failure to read the file until somebody looks at it.
     raise errors.ConfigError(" ".join(str(error).split())) from error
-  if config.train.distributed:
+  if distributed:  # before the devices are counted
     jax.distributed.initialize()
+  config = experiment.parse(values, here=True)
   built = experiment.build(config)
   for name, count in built.data.counts.items():
     if count:

@@ -55,10 +55,11 @@ def test_axes_that_do_not_fit_the_array_are_a_defect():
 
 
 def test_rows_that_do_not_divide_are_listed_at_once():
-  mesh = make_mesh(MeshConfig(data=4, fsdp=2))
-  assert mesh_lib.batch_faults(mesh, 16, 2) == []
-  (line,) = mesh_lib.batch_faults(mesh, 24, 2)
-  assert "24" in line and "16" in line
+  assert mesh_lib.device_faults(MeshConfig(data=4, fsdp=2), 16, 2, devices=8, processes=2) == []
+  line, other = mesh_lib.device_faults(MeshConfig(data=4, fsdp=2), 25, 2, devices=8, processes=2)
+  assert "25" in line and "16" in line and "2 processes" in other
+  (line,) = mesh_lib.device_faults(MeshConfig(tensor=3), 16, 1, devices=8, processes=1)
+  assert "8 devices" in line
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -192,7 +192,9 @@ def train(run: Run, path: str) -> state_lib.TrainState:
     DataError: no checkpoint is intact. SaveError: a checkpoint could not be written. DivergedError: see `TrainConfig`.
     Preempted: a signal came; the state is saved.
   """
-  faults = schedule_faults(run.optimizer, run.train.steps)
+  faults = schedule_faults(run.optimizer, run.train.steps) + mesh_lib.device_faults(
+    run.mesh, run.train.batch_size, run.train.accumulation, jax.device_count(), jax.process_count()
+  )
   if faults:
     raise ConfigError(faults)
   path = workdir.resolve(path)
@@ -235,9 +237,6 @@ class _Session:
 
 def _train(run: Run, session: _Session) -> state_lib.TrainState:
   mesh = mesh_lib.make_mesh(run.mesh)
-  faults = mesh_lib.batch_faults(mesh, run.train.batch_size, run.train.accumulation)
-  if faults:
-    raise ConfigError(faults)
   path, steps = session.path, run.train.steps
   if session.status is not None:
     code = workdir.write_versions(path, jax.devices())

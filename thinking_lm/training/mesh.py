@@ -45,38 +45,44 @@ class MeshConfig:
       yield f"only one mesh axis can be -1 (all remaining devices), got {sizes}"
 
 
-def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-  """The mesh of `devices` (default: all) that `config` asks for.
-
-  Raises:
-    ConfigError: the sizes do not multiply to the number of devices.
-  """
-  devices = jax.devices() if devices is None else devices
+def resolve(config: MeshConfig, devices: int) -> dict[str, int]:
+  """Mesh axis -> size on so many devices. Raises ConfigError if the sizes do not multiply to that number."""
   sizes = dataclasses.asdict(config)
   known = math.prod(size for size in sizes.values() if size != -1)
-  if -1 in sizes.values() and len(devices) % known == 0:
-    sizes = {name: len(devices) // known if size == -1 else size for name, size in sizes.items()}
-  if math.prod(sizes.values()) != len(devices):
+  if -1 in sizes.values() and devices % known == 0:
+    sizes = {name: devices // known if size == -1 else size for name, size in sizes.items()}
+  if math.prod(sizes.values()) != devices:
     raise ConfigError(
-      f"config.mesh {dataclasses.asdict(config)} does not fit the {len(devices)} devices there are; the sizes must "
-      f"multiply to {len(devices)} (one of them may be -1)"
+      f"config.mesh {dataclasses.asdict(config)} does not fit the {devices} devices there are; the sizes must "
+      f"multiply to {devices} (one of them may be -1)"
     )
+  return sizes
+
+
+def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+  """The mesh of `devices` (default: all) that `config` asks for. Raises ConfigError as of `resolve`."""
+  devices = jax.devices() if devices is None else devices
+  sizes = resolve(config, len(devices))
   # Auto: the compiler propagates shardings; Explicit (the library's default) would need them on every operation.
   types_ = (AxisType.Auto,) * len(sizes)
   return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types_, devices=devices)
 
 
-def batch_faults(mesh: Mesh, batch_size: int, accumulation: int) -> list[str]:
-  """Lines about rows that the mesh, the hosts or the micro-batches do not divide; empty when all is well."""
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+def device_faults(config: MeshConfig, batch_size: int, accumulation: int, devices: int, processes: int) -> list[str]:
+  """Lines about a mesh that the devices do not fill, and rows that mesh, hosts or micro-batches do not divide."""
+  try:
+    sizes = resolve(config, devices)
+  except ConfigError as error:
+    return error.faults
+  ways = sizes["data"] * sizes["fsdp"]
   faults = []
   if batch_size % (ways * accumulation):
     faults.append(
       f"config.train.batch_size {batch_size} is not a multiple of mesh.data * mesh.fsdp * train.accumulation = "
-      f"{mesh.shape['data']} * {mesh.shape['fsdp']} * {accumulation} = {ways * accumulation}"
+      f"{sizes['data']} * {sizes['fsdp']} * {accumulation} = {ways * accumulation}"
     )
-  if batch_size % jax.process_count():
-    faults.append(f"config.train.batch_size {batch_size} is not a multiple of the {jax.process_count()} processes")
+  if batch_size % processes:
+    faults.append(f"config.train.batch_size {batch_size} is not a multiple of the {processes} processes")
   return faults
 
 
