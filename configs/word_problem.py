@@ -9,7 +9,7 @@ from thinking_lm import experiment, recipes
 
 
 def get_config(recipe="latent"):
-  """One layer of width 64. Learning is sudden: a constant rate finds it on every seed tried, a short cosine may not."""
+  """One layer of width 64. Learning is sudden, so the rate stays at its peak until the last fifth."""
   config = experiment.default_config()
   config.data.source = "task"
   config.data.task.name = "word_problem"
@@ -19,12 +19,12 @@ def get_config(recipe="latent"):
   config.model.layers = 1
   config.model.width = 64
   config.thought.placement = "every"
-  config.train.steps = 800
+  config.train.steps = 600
   config.train.batch_size = 128
   config.train.log_every = 50
   config.checkpoint.every = 200
   config.optimizer.learning_rate = 2e-3
-  config.optimizer.schedule = "constant"
+  config.optimizer.schedule = "wsd"
   config.optimizer.warmup_steps = 100
   config.optimizer.weight_decay = 0.0
   return recipes.apply(config, recipe)

@@ -63,8 +63,16 @@ def test_the_config_is_written_and_agrees_with_itself(tmp_path):
   assert json.loads((tmp_path / "config.json").read_text()) == json.loads(json.dumps(CONFIG))
 
 
+def test_a_run_that_saved_nothing_gives_way(tmp_path):
+  workdir.agree_config(epath.Path(tmp_path), CONFIG)
+  other = dict(CONFIG, model=dict(width=16))
+  workdir.agree_config(epath.Path(tmp_path), other)
+  assert json.loads((tmp_path / "config.json").read_text())["model"] == dict(width=16)
+
+
 def test_another_config_is_refused_with_the_keys_that_differ(tmp_path):
   workdir.agree_config(epath.Path(tmp_path), CONFIG)
+  (tmp_path / "checkpoints" / "5").mkdir(parents=True)
   before = (tmp_path / "config.json").read_bytes()
   other = dict(CONFIG, train=dict(steps=20, seed=1), model=dict(width=8, sizes=(1, 3), depth=2))
   with pytest.raises(ConfigError) as error:

@@ -121,8 +121,8 @@ def schedule_faults(config: OptimizerConfig, steps: int) -> list[str]:
   """Lines about a schedule that does not fit a run of `steps` steps; empty when all is well."""
   if config.warmup_steps + config.decay_steps > steps:
     return [
-      f"config.optimizer.warmup_steps {config.warmup_steps} and decay_steps {config.decay_steps} do not fit into "
-      f"config.train.steps {steps}"
+      f"optimizer.warmup_steps {config.warmup_steps} and decay_steps {config.decay_steps} do not fit into train.steps "
+      f"{steps}"
     ]
   return []
 

@@ -94,12 +94,14 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def agree_config(path: epath.Path, config: Mapping[str, Any]) -> None:
   """Writes `config.json`, unless the directory belongs to a run with another config.
 
+  A run that never saved a step has nothing to lose: its config may be replaced.
+
   Raises:
     ConfigError: one line for every key that differs and is not among `FREE_KEYS`.
   """
   file = path / "config.json"
   config = json.loads(storage.canonical(config))  # Tuples become lists, as they are in the file.
-  if file.exists():
+  if file.exists() and any((path / "checkpoints").glob("*")):
     old, new = flatten(json.loads(file.read_text())), flatten(config)
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key, ...) != new.get(key, ...)]
     lines = {key: f"config.{key}: {_show(old, key)} there, {_show(new, key)} now" for key in changed}
