@@ -74,7 +74,8 @@ def block(decoder: Decoder, config, past: Seen, x_BCD, segments_BW, positions_BW
     x_BCD[:, None], positions_BW[:, None, :C], mask[:, :, :C, :C], Seen(past.cache, past.mask_BPQS[:, :, :C])
   )
   own = jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * 3 + [(0, J), (0, 0), (0, 0)]), new)
-  last_B = jnp.maximum(jnp.sum(segments_BW[:, :C] > 0, axis=1) - 1, 0)
+  # Padding may stand between documents: the last real slot is found by its place and not by counting.
+  last_B = jnp.max(jnp.where(segments_BW[:, :C] > 0, jnp.arange(C), 0), axis=1)
   anchor_B1D = jnp.take_along_axis(real_B1CD[:, 0], last_B[:, None, None], axis=1)
 
   def thinking(own):
