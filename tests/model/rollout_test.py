@@ -1,0 +1,144 @@
+"""The rollout against the float64 oracle: values and gradients, for every kind, topology and placement.
+
+The rows of `problem.BATCH` are one for each placement, packed and not, so that each (kind, topology) pair is compiled
+once and all its placements are compared.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from tests import oracles
+from tests.model import problem
+from tests.model.problem import ANCHORS, BATCH, TIED, UNTIED
+from thinking_lm.model.rollout import rollout
+from thinking_lm.thoughts.spec import ThoughtConfig
+
+Thought = functools.partial(ThoughtConfig, length=2)
+PERSISTENT = dict(
+  plain=(UNTIED, ThoughtConfig(length=0)),
+  pause=(TIED, Thought(kind="pause", delimiters=True, rotary="anchor")),
+  latent=(UNTIED, Thought(kind="latent", lookahead=0)),
+  latent_anchor=(TIED, Thought(kind="latent", delimiters=True, rotary="anchor", lookahead=2)),
+  soft=(TIED, Thought(kind="soft", delimiters=True, top_k=3, temperature=0.7, lookahead=2)),
+  gumbel=(UNTIED, Thought(kind="gumbel", samples=2, rotary="anchor", temperature=0.5)),
+  sampled=(TIED, Thought(kind="sampled", samples=2, delimiters=True, temperature=1.3, lookahead=2)),
+  scanned=(TIED, Thought(kind="sampled", samples=2, delimiters=True, temperature=1.3, lookahead=2, rescore=False)),
+)
+Private = functools.partial(Thought, topology="private")
+PRIVATE = dict(
+  pause=(UNTIED, Private(kind="pause", lookahead=2)),
+  latent=(TIED, Private(kind="latent", delimiters=True, rotary="anchor", lookahead=2)),
+  latent_linear=(UNTIED, Private(kind="latent")),
+  soft=(UNTIED, Private(kind="soft", rotary="anchor")),
+  gumbel=(TIED, Private(kind="gumbel", samples=2, delimiters=True, lookahead=2)),
+  sampled=(UNTIED, Private(kind="sampled", samples=2, temperature=0.7, lookahead=2)),
+  scanned=(UNTIED, Private(kind="sampled", samples=2, temperature=0.7, lookahead=2, rescore=False)),
+)
+CASES = {f"persistent-{name}": case for name, case in PERSISTENT.items()}
+CASES |= {f"private-{name}": case for name, case in PRIVATE.items()}
+
+
+@functools.cache
+def rolled(name):
+  """((number, trace), gradient) of the rollout, as numpy."""
+  config, thought = CASES[name]
+  assert not thought.faults() and not config.faults()
+  layout = problem.layout() if thought.length else problem.layout([[]] * len(ANCHORS), block=problem.T)
+  run = problem.compiled(config, thought)
+  return jax.device_get(run(problem.params(config), BATCH, layout, problem.cotangents(thought)))
+
+
+@functools.cache
+def expected(name):
+  """((number, values), gradient) of the oracle, given the same random numbers."""
+  config, thought = CASES[name]
+  (_, trace), _ = rolled(name)
+  tokens = trace.thoughts.tokens_BGNJ.tolist()
+  noise = [[[[None] * thought.length for _ in row] for _ in range(thought.samples)] for row in ANCHORS]
+  if thought.kind == "gumbel":
+    sizes = (thought.length, problem.V + 3, problem.V)
+    noise = oracles.gumbel_noise(problem.KEY, BATCH.ids_B, thought.samples, ANCHORS, *sizes)
+  cotangents = problem.cotangents(thought)
+
+  def number(params):
+    found = problem.oracle(config, thought, params, tokens, noise)
+    return sum(cotangents[what][at] * value for (what, at), value in found.items() if what in cotangents), found
+
+  with jax.enable_x64(True):
+    return jax.device_get(jax.value_and_grad(number, has_aux=True)(oracles.wide(problem.params(config))))
+
+
+def same_trace(left, right, thought):
+  """Two traces agree wherever there is something to compare."""
+  cotangents = problem.cotangents(thought)
+  left, right = problem.outputs(left, thought), problem.outputs(right, thought)
+  for what in left:
+    real = cotangents[what] != 0
+    np.testing.assert_allclose(left[what][real], right[what][real], rtol=2e-5, atol=2e-5, err_msg=what)
+
+
+def same_gradient(left, right, rtol=1e-4):
+  """Leaf by leaf, by the norm of the difference."""
+  for path, leaf in jax.tree.leaves_with_path(left):
+    other = functools.reduce(lambda tree, key: tree[key.key], path, right)
+    error, size = np.linalg.norm(leaf - other), np.linalg.norm(other)
+    assert error <= rtol * size, f"{jax.tree_util.keystr(path)}: {error} of {size}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_equal_the_oracles(name):
+  _, thought = CASES[name]
+  (number, trace), gradient = rolled(name)
+  (same, found), wanted = expected(name)
+  got = problem.outputs(trace, thought) | dict(hit=trace.hit_BGT)
+  got |= dict(inputs=trace.thoughts.inputs_BGNJD, tokens=trace.thoughts.tokens_BGNJ)
+  assert {what for what, _ in found} == (set(got) if thought.length else {"logp", "hit"})
+  for (what, at), value in found.items():
+    np.testing.assert_allclose(got[what][at], np.asarray(value), rtol=2e-5, atol=2e-5, err_msg=f"{what} {at}")
+  np.testing.assert_allclose(number, same, rtol=1e-4)
+  same_gradient(gradient, wanted, rtol=5e-5)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((trace, gradient)))
+
+
+def test_what_does_not_exist_weighs_nothing():
+  (_, trace), _ = rolled("private-sampled")
+  invalid_BN = ~trace.valid_BN
+  assert invalid_BN.any() and not (trace.valid_BN & (problem.layout().anchors_BN == problem.T)).any()
+  for leaf in (trace.outcome_BGN, trace.policy_logp_BGN, trace.entropy_BGN, trace.used_BGN):
+    assert not np.moveaxis(leaf, 1, 2)[invalid_BN].any()
+  assert (trace.used_BGN == 2 * trace.valid_BN[:, None]).all()
+  inside = problem.inside(BATCH, ANCHORS, 2, problem.T)
+  ahead = np.array(
+    [
+      [[w[min(a + 1, problem.T - 1)]] for a in row]
+      for w, row in zip(BATCH.weights_BT, problem.layout().anchors_BN, strict=True)
+    ]
+  )
+  np.testing.assert_array_equal(trace.ahead_weights_BNA, ahead * inside)
+
+
+@pytest.mark.parametrize("topology", ["persistent", "private"])
+def test_scoring_in_parallel_equals_differentiating_the_scan(topology):
+  _, thought = CASES[f"{topology}-sampled"]
+  (_, trace), gradient = rolled(f"{topology}-sampled")
+  (_, scanned), scanned_gradient = rolled(f"{topology}-scanned")
+  np.testing.assert_array_equal(trace.thoughts.tokens_BGNJ, scanned.thoughts.tokens_BGNJ)
+  assert (trace.thoughts.tokens_BGNJ < problem.V).all()
+  same_trace(trace, scanned, thought)
+  same_gradient(gradient, scanned_gradient)
+
+
+@pytest.mark.parametrize(
+  "name", ["persistent-latent_anchor", "persistent-scanned", "private-latent", "private-scanned"]
+)
+def test_own_thoughts_put_back_in_give_the_same_trace(name):
+  config, thought = CASES[name]
+  (_, trace), _ = rolled(name)
+  again = jax.jit(functools.partial(rollout, problem.model(config), thought), compiler_options=problem.FAST)
+  other_key = jax.random.key(0)
+  back = jax.device_get(again(problem.params(config), BATCH, problem.layout(), other_key, trace.thoughts))
+  same_trace(trace, back, thought)
+  np.testing.assert_array_equal(trace.thoughts.tokens_BGNJ, back.thoughts.tokens_BGNJ)

@@ -1,0 +1,108 @@
+"""Drawing and scoring thought tokens: one temperature, one distribution, real tokens only."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from thinking_lm.model.layers import MASKED
+from thinking_lm.thoughts.spec import ThoughtConfig
+from thinking_lm.thoughts.tokens import KINDS, draw, log_policy
+
+LOGITS_V = np.array([0.3, -1.0, 1.2, 0.0, -0.4, MASKED, MASKED, MASKED], np.float32)
+REAL = 5
+COUNT = 20_000
+KEYS = jax.random.split(jax.random.key(3), COUNT)
+STUB = types.SimpleNamespace(logits=lambda hidden: hidden, mix=lambda weights: weights, embed=lambda tokens: tokens)
+
+
+def probabilities(temperature):
+  weights_V = np.exp(LOGITS_V[:REAL].astype(np.float64) / temperature)
+  return weights_V / weights_V.sum()
+
+
+def chi_square(token_X, temperature):
+  """Pearson's statistic less its mean, in its standard deviations, of draws against softmax(logits / temperature)."""
+  expected_V = probabilities(temperature) * len(token_X)
+  observed_V = np.bincount(token_X, minlength=REAL)
+  freedom = REAL - 1
+  return (((observed_V - expected_V) ** 2 / expected_V).sum() - freedom) / np.sqrt(2 * freedom)
+
+
+def drawn(kind, temperature):
+  config = ThoughtConfig(kind=kind, length=1, temperature=temperature)
+  logits_XV = jnp.broadcast_to(LOGITS_V, (COUNT, len(LOGITS_V)))
+  return np.asarray(jax.jit(lambda x, keys: KINDS[kind].step(STUB, x, keys, config)[1])(logits_XV, KEYS))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_sampled_frequencies_are_softmax_at_the_temperature(temperature):
+  token_X = drawn("sampled", temperature)
+  assert token_X.max() < REAL
+  assert abs(chi_square(token_X, temperature)) < 4
+  assert chi_square(token_X, temperature * 1.3) > 40  # the test can tell temperatures apart
+
+
+@pytest.mark.parametrize("temperature", [0.1, 2.0])
+def test_gumbel_frequencies_do_not_depend_on_the_temperature(temperature):
+  token_X = drawn("gumbel", temperature)
+  assert token_X.max() < REAL
+  assert abs(chi_square(token_X, 1.0)) < 4
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_scored_at_the_temperature_that_was_drawn_at(temperature):
+  logits_XV = jnp.broadcast_to(LOGITS_V, (REAL, len(LOGITS_V)))
+  logp_X, entropy_X = log_policy(logits_XV, jnp.arange(REAL), temperature)
+  p_V = probabilities(temperature)
+  np.testing.assert_allclose(logp_X, np.log(p_V), rtol=1e-5)
+  np.testing.assert_allclose(entropy_X, np.full(REAL, -(p_V * np.log(p_V)).sum()), rtol=1e-5)
+
+
+def test_temperature_0_is_greedy_and_a_point_mass():
+  logits_XV = jnp.broadcast_to(LOGITS_V, (4, len(LOGITS_V)))
+  assert (draw(logits_XV, KEYS[:4], 0.0) == LOGITS_V.argmax()).all()
+  for part in log_policy(logits_XV, jnp.arange(4), 0.0):
+    np.testing.assert_array_equal(part, np.zeros(4))
+
+
+def test_a_small_temperature_is_finite_and_nearly_greedy():
+  logits_XV = jnp.broadcast_to(LOGITS_V, (4, len(LOGITS_V)))
+  best = jnp.full(4, LOGITS_V.argmax())
+  assert (draw(logits_XV, KEYS[:4], 1e-3) == best).all()
+  for part in log_policy(logits_XV, best, 1e-3):
+    np.testing.assert_allclose(part, np.zeros(4), atol=1e-6)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2.0**-23])
+def test_the_ends_of_the_unit_interval_draw_tokens_that_can_be(monkeypatch, uniform):
+  # Tokens 0 and 4 have no probability, and the control rows after them neither.
+  logits_XV = jnp.array([[-500.0, 0.1, 0.2, 0.3, -500.0, MASKED, MASKED]])
+  monkeypatch.setattr(jax.random, "uniform", lambda key: jnp.float32(uniform))
+  assert draw(logits_XV, KEYS[:1], 1.0).item() == (1 if uniform == 0 else 3)
+
+
+def test_soft_keeps_the_top_k_and_renormalises():
+  config = ThoughtConfig(kind="soft", length=1, temperature=0.7, top_k=2)
+  mean_V, token = KINDS["soft"].step(STUB, jnp.asarray(LOGITS_V)[None], None, config)
+  p_V = probabilities(0.7)
+  kept_V = np.where(p_V >= np.sort(p_V)[-2], p_V, 0)
+  np.testing.assert_allclose(mean_V[0, :REAL], kept_V / kept_V.sum(), rtol=1e-5)
+  assert not mean_V[0, REAL:].any() and token.item() == LOGITS_V.argmax()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_claims_of_a_kind(name):
+  # A policy needs draws. What is serial depends on the hidden state, what is not does not.
+  kind = KINDS[name]
+  assert kind.stochastic or not kind.policy
+  model = types.SimpleNamespace(
+    **dict(logits=lambda h: h, mix=lambda w: w, feedback=lambda h: h, pause=6, embed=lambda t: jax.nn.one_hot(t, 8))
+  )
+  config = ThoughtConfig(kind=name, length=1)
+  step = lambda x, key: kind.step(model, x, jax.random.split(jax.random.key(key), 64), config)[0]
+  same, other = jnp.broadcast_to(LOGITS_V, (64, 8)), jnp.broadcast_to(LOGITS_V[[4, 3, 2, 1, 0, 5, 6, 7]] * 2, (64, 8))
+  assert bool((step(same, 0) != step(same, 1)).any()) == kind.stochastic
+  assert bool((step(same, 0) != step(other, 0)).any()) == kind.serial
