@@ -1,0 +1,68 @@
+"""The ledger against XLA's own count, on models where every loop runs once (XLA counts a loop's body once)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from thinking_lm.analysis.flops import ledger
+from thinking_lm.model.decoder import Model, ModelConfig
+from thinking_lm.model.rollout import rollout
+from thinking_lm.thoughts.placement import place
+from thinking_lm.thoughts.spec import ThoughtConfig
+from thinking_lm.types import Batch, Vocabulary
+
+V, T, B = 253, 32, 2
+VOCABULARY = Vocabulary(V, 4, np.ones(V, np.int32), np.zeros(V, np.int8))
+CONFIG = ModelConfig(layers=1, width=256, heads=4, kv_heads=2)
+CASES = [
+  dict(length=0),
+  dict(kind="pause"),
+  dict(kind="latent"),
+  dict(kind="gumbel", topology="private"),
+  dict(kind="sampled", samples=2, rescore=False),
+]
+
+
+def counted(thought, gradient):
+  """XLA's FLOPs of one batch."""
+  model = Model(CONFIG, V)
+  tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
+  batch = Batch(
+    *[tokens] * 2, jax.ShapeDtypeStruct((B, T), jnp.float32), *[tokens] * 2, jax.ShapeDtypeStruct((B,), jnp.uint32)
+  )
+
+  def total(params, batch):
+    trace = rollout(model, thought, params, batch, place(batch, thought, VOCABULARY, aligned=0), jax.random.key(0))
+    return trace.logp_BGT.sum() + trace.policy_logp_BGN.sum()
+
+  function = jax.grad(total) if gradient else total
+  return jax.jit(function).lower(model.shapes, batch).compile().cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("options", CASES, ids=lambda options: "-".join(map(str, options.values())))
+def test_forward_within_two_percent(options):
+  thought = ThoughtConfig(**dict(length=1, placement="stride", stride=T) | options)
+  ours = ledger(CONFIG, V, thought, T, aligned=0, gradient=False)
+  np.testing.assert_allclose(counted(thought, gradient=False), B * ours.total, rtol=0.02)
+
+
+def test_with_gradient_within_three_percent():
+  thought = ThoughtConfig(length=1, placement="stride", stride=T)
+  ours = ledger(CONFIG, V, thought, T, aligned=0, gradient=True)
+  np.testing.assert_allclose(counted(thought, gradient=True), B * ours.total, rtol=0.03)
+
+
+def test_what_a_thought_adds():
+  """Thoughts are counted once for each anchor and sample, and the plain decoder has none."""
+  plain = ledger(CONFIG, V, ThoughtConfig(length=0), T, aligned=0, gradient=False)
+  assert plain.think == plain.draw == 0
+  one, four = (
+    ledger(
+      CONFIG, V, ThoughtConfig(length=2, kind="sampled", topology="private", samples=G), T, aligned=0, gradient=False
+    )
+    for G in (1, 4)
+  )
+  assert one.base == four.base == plain.base
+  np.testing.assert_allclose(four.think, 4 * one.think)
+  np.testing.assert_allclose(four.draw, 4 * one.draw)
