@@ -24,9 +24,11 @@ def option(default, doc: str, *, low=None, above=None, high=None, choices=None):
     default: the value when nobody says otherwise; its type is the field's annotation.
     doc: one line for `--help` and for the reader.
     low: smallest allowed number, inclusive. above: the same, exclusive. high: largest allowed number, inclusive.
-    choices: the allowed names (a table or any iterable of strings).
+    choices: the allowed names: a table, which may grow later, or any iterable of strings.
   """
-  metadata = dict(doc=doc, low=low, above=above, high=high, choices=None if choices is None else tuple(choices))
+  if choices is not None and not isinstance(choices, Mapping):
+    choices = tuple(choices)
+  metadata = dict(doc=doc, low=low, above=above, high=high, choices=choices)
   return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -28,6 +28,7 @@ from thinking_lm.model.generate import Generation, Sampling, generate
 from thinking_lm.model.rollout import rollout
 from thinking_lm.objectives.advantages import ADVANTAGES
 from thinking_lm.objectives.objective import ObjectiveConfig, objective, volume
+from thinking_lm.objectives.rewards import REWARDS
 from thinking_lm.thoughts.placement import place
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.training.checkpoint import CheckpointConfig, read_params
@@ -57,24 +58,39 @@ class ExperimentConfig:
     """Rules across sections."""
     thought, goal = self.thought, self.objective
     found = schedule_faults(self.optimizer, self.train.steps)
-    if goal.score_weight:
-      needs = ADVANTAGES[goal.advantage].needs
-      if not thought.kind_of.policy or not thought.length:
-        found.append(
-          f"objective.score_weight needs thoughts with a log-probability: thought.kind 'sampled' and thought.length "
-          f"above 0, got kind {thought.kind!r} and length {thought.length}"
-        )
-      elif thought.temperature == 0:
-        found.append("objective.score_weight needs thought.temperature above 0: a greedy thought has no gradient")
-      elif thought.samples < needs:
-        found.append(
-          f"objective.advantage {goal.advantage!r} needs thought.samples of at least {needs}, got {thought.samples}"
-        )
-    if goal.base_weight and thought.topology != "private":
-      found.append("objective.base_weight needs thought.topology 'private': with 'persistent' there is no pass without")
+    found += _objective_faults(goal, thought)
     if thought.rotary == "advance" and thought.positions and max(thought.positions) >= self.data.sequence_length > 0:
       found.append(f"thought.positions reach {max(thought.positions)}, past data.sequence_length")
     return found
+
+
+def _objective_faults(goal: ObjectiveConfig, thought: ThoughtConfig) -> list[str]:
+  """What an objective asks of the thoughts."""
+  found, needs = [], ADVANTAGES[goal.advantage].needs
+  for name in ("score_weight", "entropy_weight"):
+    if getattr(goal, name) and not (thought.kind_of.policy and thought.length):
+      found.append(
+        f"objective.{name} needs thoughts with a log-probability: thought.kind 'sampled' and thought.length "
+        f"above 0, got kind {thought.kind!r} and length {thought.length}"
+      )
+    elif getattr(goal, name) and thought.temperature == 0:
+      found.append(f"objective.{name} needs thought.temperature above 0: a greedy thought has no gradient")
+  if goal.score_weight and not found and thought.samples < needs:
+    found.append(
+      f"objective.advantage {goal.advantage!r} needs thought.samples of at least {needs}, got {thought.samples}"
+    )
+  if thought.topology != "private":
+    absent = "needs thought.topology 'private': with 'persistent' there is no pass without thoughts"
+    if goal.base_weight:
+      found.append(f"objective.base_weight {absent}")
+    if goal.score_weight and REWARDS[goal.reward].base:
+      found.append(f"objective.reward {goal.reward!r} {absent}")
+    if goal.bound != "J" and thought.length and thought.lookahead:
+      found.append(
+        f"objective.bound {goal.bound!r} is joint over all that thoughts change: persistent thoughts need "
+        f"thought.lookahead 0 (the rest of the document), got {thought.lookahead}"
+      )
+  return found
 
 
 def default_config() -> ml_collections.ConfigDict:

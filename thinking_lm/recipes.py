@@ -24,6 +24,25 @@ RECIPES = dict(
     "objective.score_weight": 1.0,
     "objective.advantage": "leave_one_out",
   },
+  jepo={
+    "thought.kind": "sampled",
+    "thought.length": 1,
+    "thought.samples": 4,
+    "thought.topology": "private",
+    "objective.bound": "M",
+    "objective.score_weight": 1.0,
+    "objective.advantage": "jepo",
+  },
+  verifree={
+    "thought.kind": "sampled",
+    "thought.length": 1,
+    "thought.samples": 4,
+    "thought.topology": "private",
+    "objective.bound": "P",
+    "objective.reward": "prob",
+    "objective.score_weight": 1.0,
+    "objective.advantage": "leave_one_out",
+  },
 )
 """name -> what it sets.
 
@@ -31,6 +50,10 @@ none: the plain decoder. pause: one learned token (Goyal et al. 2023). latent: t
 by backprop on the real tokens only (Coconut, PonderLM-2). soft: the mean embedding (CoT2). gumbel: straight-through
 tokens. nll_only: sampled tokens and only the real tokens' gradient, so that nothing teaches the model what to think.
 hybrid: sampled tokens and both terms of grad J; exact for a persistent thought, whose reward is the document's rest.
+jepo: both terms of the gradient of the log of the mean probability over G thoughts, with the leave-one-out credit of
+JEPO (arXiv:2503.19618); without its penalty on the distance to a reference policy. verifree: both terms of the gradient
+of the expected probability (VeriFree, arXiv:2505.21493). Where the papers think once, before an answer, these two think
+before the next token; thought.lookahead and the placement give other outcomes.
 """
 
 

@@ -18,6 +18,7 @@ Terms:
   rollout     the one place that runs the model over real and think slots; gives a Trace
   trace       what a rollout leaves for an objective: log-probabilities, never the model
   outcome     log p(y | x, z): the summed log-probability of the look-ahead targets of one thought
+  unit        what a joint bound (M, P) is over: the outcome of a private thought, or of all of a document's thoughts
   advantage   the reward of a thought minus its baseline; it multiplies grad log pi(z | x)
 
 Units: nats for log-probabilities, bits per byte where said, FLOPs (a multiply-add is two), seconds.
@@ -117,6 +118,13 @@ class Trace:
   valid_BN: bool, the anchor exists.
   used_BGN: int32 think tokens used (delimiters excluded).
   thoughts: the thoughts themselves, without gradient.
+  unit_BN: int32 index into N of the thought whose outcome holds all that this thought can change: itself where private,
+    the first thought of its document where persistent (there only if an outcome is the rest of the document). The
+    outcomes of units are disjoint.
+  free_BT: the batch's weights of the targets that no thought comes before, 0 at the others: their log-probability is
+    the same in every sample, and together with the units' targets they are all targets.
+  base_outcome_BN: the outcome without any thought, where known (`private`); else None.
+  outcome_hit_BGN: bool, every weighted target of the outcome is the most likely real token.
   """
 
   logp_BGT: jax.Array
@@ -131,3 +139,7 @@ class Trace:
   valid_BN: jax.Array
   used_BGN: jax.Array
   thoughts: Thoughts
+  unit_BN: jax.Array | None = None
+  free_BT: jax.Array | None = None
+  base_outcome_BN: jax.Array | None = None
+  outcome_hit_BGN: jax.Array | None = None

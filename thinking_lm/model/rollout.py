@@ -34,8 +34,11 @@ def rollout(
     A Trace with G = config.samples (1 for the plain decoder). Gradients with respect to `params` flow through
     everything but the choice of sampled tokens.
   """
-  if not layout.anchors_BN.shape[1]:
-    config = dataclasses.replace(config, length=0)  # rows too short for a single thought
+  if config.length and not layout.anchors_BN.shape[1]:  # rows too short for a single thought
+    trace = rollout(model, dataclasses.replace(config, length=0), params, batch, layout, key)
+    if config.topology == "private":
+      trace = trace.replace(base_logp_BT=trace.logp_BGT[:, 0], base_outcome_BN=trace.outcome_BGN[:, 0])
+    return trace
   run = _private if config.topology == "private" and config.length else _persistent
   keys_BGN = _keys(config, batch, layout, key)
   decoder, drawer = model.bind(params), None
@@ -88,10 +91,13 @@ def _persistent(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trac
   anchor_BND = _gather(hidden_BSD, topology.take(stream.slot_BT, row_layout.anchors_BN, 0))
   logp_BT, hit_BT = target_logp(decoder, _gather(hidden_BSD, stream.readout_BT), rows.targets_BT)
   inside_BNT = topology.rest(batch, layout, config.lookahead).astype(jnp.float32)
-  outcome_BGN = jnp.einsum("bnt,bt,bgt->bgn", inside_BNT, batch.weights_BT, split(logp_BT), precision="highest")
+  weigh = lambda a_BGT: jnp.einsum("bnt,bt,bgt->bgn", inside_BNT, batch.weights_BT, a_BGT, precision="highest")
+  outcome_BGN, missed_BGN = weigh(split(logp_BT)), weigh((~split(hit_BT)).astype(jnp.float32))
   thoughts, anchor_BGND, think_BGNJD = jax.tree.map(split, (thoughts, anchor_BND, think_BNJD))
   policy = _policy(decoder, config, anchor_BGND, think_BGNJD, thoughts)
-  return _trace(config, batch, layout, thoughts, policy, split(logp_BT), split(hit_BT), outcome_BGN)
+  trace = _trace(config, batch, layout, thoughts, policy, split(logp_BT), split(hit_BT), outcome_BGN)
+  unit_BN, free_BT = topology.documents(batch, layout)
+  return trace.replace(unit_BN=unit_BN, free_BT=free_BT, outcome_hit_BGN=missed_BGN == 0)
 
 
 def _stream(decoder, drawer, config, rows, stream, keys_BN, N, C, given):
@@ -147,7 +153,14 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
   thoughts = jax.tree.map(split, thoughts)
   policy = _policy(decoder, config, split(anchor_BPD), split(hidden_BPXD[:, :, :J]), thoughts)
   trace = _trace(config, batch, layout, thoughts, policy, logp_BGT, hit_BGT, outcome_BGN)
-  trace = trace.replace(base_logp_BT=base_logp_BT)
+  base_BNM = pick(base_logp_BT, plan.target_BNM, 0)
+  trace = trace.replace(
+    unit_BN=jnp.broadcast_to(jnp.arange(N), (B, N)),
+    free_BT=jnp.where(topology.rest(batch, layout, 1).any(axis=1), 0, batch.weights_BT),
+    base_logp_BT=base_logp_BT,
+    base_outcome_BN=jnp.sum(base_BNM * weights_BNM, axis=-1),
+    outcome_hit_BGN=jnp.all(hit_BGNM | (weights_BNM == 0)[:, None], axis=-1),
+  )
   if config.lookahead > 1:
     trace = trace.replace(ahead_logp_BGNA=logp_BGNM[..., 1:], ahead_weights_BNA=weights_BNM[..., 1:])
   return trace

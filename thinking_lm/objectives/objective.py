@@ -3,8 +3,9 @@
     grad J = E_z[ (log p(y|x,z) - b) grad log pi(z|x)  +  grad log p(y|x,z) ]
              score term, "RL" (score_weight)              pathwise term, "real gradient" (nll_weight)
 
-The value that is returned is a sum over the real targets; whoever takes the gradient divides by the number of targets
-of the whole global batch, so that micro-batches and devices add up.
+That is bound J with reward log_prob; bounds M and P have both terms too (bounds.py). The value that is returned is a
+sum over the real targets; whoever takes the gradient divides by the number of targets of the whole global batch, so
+that micro-batches and devices add up.
 """
 
 import dataclasses
@@ -15,9 +16,9 @@ import numpy as np
 
 from thinking_lm.config import option
 from thinking_lm.metrics import Mean
-from thinking_lm.objectives.advantages import ADVANTAGES
+from thinking_lm.objectives.advantages import ADVANTAGES, varied
 from thinking_lm.objectives.bounds import BOUNDS
-from thinking_lm.objectives.rewards import REWARDS
+from thinking_lm.objectives.rewards import REWARDS, paid
 from thinking_lm.types import Batch, Trace, Vocabulary
 
 
@@ -28,42 +29,83 @@ class ObjectiveConfig:
   nll_weight: float = option(1.0, "of -log p(target) with thoughts, differentiated through them where they allow it")
   score_weight: float = option(0.0, "of the policy-gradient term; needs kind sampled", low=0)
   base_weight: float = option(0.0, "of -log p(target) without thoughts; needs topology private", low=0)
+  entropy_weight: float = option(0.0, "of a thought's entropy, mean nats of its tokens; needs kind sampled", low=0)
   bound: str = option("J", "which expectation over thoughts the NLL term maximises", choices=BOUNDS)
   reward: str = option("log_prob", "what the score term pays a thought for", choices=REWARDS)
+  price: float = option(0.0, "what a think token costs a thought, in units of the reward", low=0)
   advantage: str = option("leave_one_out", "how the score term centres rewards", choices=ADVANTAGES)
 
   def faults(self) -> list[str]:
     """Rules across fields."""
-    if self.nll_weight <= 0 and not self.score_weight and not self.base_weight:
-      return ["nll_weight, score_weight and base_weight are all 0: there is nothing to learn"]
-    return ["nll_weight must not be negative"] if self.nll_weight < 0 else []
+    found = []
+    if self.nll_weight < 0:
+      found.append("nll_weight must not be negative")
+    elif not (self.nll_weight or self.score_weight or self.base_weight):
+      found.append("nll_weight, score_weight and base_weight are all 0: there is nothing to learn")
+    return found + (self._mismatches() if self.score_weight else [])
+
+  def _mismatches(self) -> list[str]:
+    """Score terms that are no part of the bound's gradient."""
+    rewards, member = BOUNDS[self.bound].rewards, ADVANTAGES[self.advantage]
+    found = []
+    if rewards and self.reward not in rewards:
+      found.append(f"bound {self.bound!r} pays for {' or '.join(rewards)}, got reward {self.reward!r}")
+    if (self.bound == "M") != (member.bound == "M"):
+      credits = ", ".join(name for name, other in ADVANTAGES.items() if (other.bound == "M") == (self.bound == "M"))
+      found.append(
+        f"advantage {self.advantage!r} does not credit bound {self.bound!r}, whose score term needs one of: {credits}"
+      )
+    if self.bound == "M" and self.price:
+      found.append("price needs bound 'J' or 'P': a price is a sum over thoughts, bound 'M' a logarithm over the group")
+    if member.keep and (self.nll_weight or self.base_weight):
+      found.append(
+        f"advantage {self.advantage!r} averages over the groups that it keeps, which the NLL terms do not share: set "
+        "nll_weight and base_weight to 0, or use 'grpo'"
+      )
+    return found
 
 
 def objective(config: ObjectiveConfig, trace: Trace) -> tuple[jax.Array, dict[str, Mean]]:
   """(loss summed over targets, metrics). `metrics["loss"]` holds that sum and the number of targets."""
-  weights_BT = trace.weights_BT
-  bound = BOUNDS[config.bound]
-  count = weights_BT.sum()
-  nll = -jnp.sum(bound(trace.logp_BGT) * weights_BT)
-  if trace.ahead_logp_BGNA is not None:
-    nll -= jnp.sum(bound(trace.ahead_logp_BGNA) * trace.ahead_weights_BNA)
-    count += trace.ahead_weights_BNA.sum()
-  loss = config.nll_weight * nll
+  count_B = trace.weights_BT.sum(axis=1)
+  if trace.ahead_weights_BNA is not None:
+    count_B += trace.ahead_weights_BNA.sum(axis=(1, 2))
+  loss = -config.nll_weight * BOUNDS[config.bound].value(trace)
   metrics = describe(trace)
   if config.base_weight:
-    loss -= config.base_weight * jnp.sum(trace.base_logp_BT * weights_BT)
+    loss -= config.base_weight * jnp.sum(trace.base_logp_BT * trace.weights_BT)
+  if config.entropy_weight:
+    loss -= config.entropy_weight * jnp.sum(trace.entropy_BGN.mean(axis=1) * trace.valid_BN)
   if config.score_weight:
-    reward_BGN = jax.lax.stop_gradient(REWARDS[config.reward](trace.outcome_BGN))
-    advantage_BGN = ADVANTAGES[config.advantage].of(reward_BGN)
-    score = -jnp.sum(advantage_BGN * trace.policy_logp_BGN * trace.valid_BN[:, None]) / reward_BGN.shape[1]
-    loss += config.score_weight * score
-    valid_BGN = jnp.broadcast_to(trace.valid_BN[:, None], reward_BGN.shape)
-    metrics |= dict(
-      reward=Mean.of(reward_BGN, valid_BGN),
-      reward_std=Mean.of(reward_BGN.std(axis=1), trace.valid_BN),
-      advantage_abs=Mean.of(jnp.abs(advantage_BGN), valid_BGN),
-    )
-  return loss, metrics | dict(loss=Mean(loss, count))
+    score, share_B, told = _score(config, trace)
+    loss -= config.score_weight * score
+    count_B *= share_B
+    metrics |= told
+  return loss, metrics | dict(loss=Mean(loss, count_B.sum()))
+
+
+def _score(config, trace):
+  """(sum over thoughts of A log pi(z) / G, share of each row's targets that it is averaged over, metrics).
+
+  The share is that of the row's groups which the advantage keeps: rows are never split between devices or
+  micro-batches, so that the counts of a global batch add up.
+  """
+  member, (B, G, N) = ADVANTAGES[config.advantage], trace.outcome_BGN.shape
+  reward_BGN = paid(config.reward, config.price, BOUNDS[config.bound].credit(jax.lax.stop_gradient(trace)))
+  advantage_BGN = member.of(reward_BGN)
+  keep_BN, share_B = trace.valid_BN, jnp.ones(B)
+  if member.keep:
+    keep_BN &= member.keep(reward_BGN)
+    share_B = keep_BN.sum(axis=1) / jnp.maximum(trace.valid_BN.sum(axis=1), 1)
+  score = jnp.sum(advantage_BGN * trace.policy_logp_BGN * keep_BN[:, None]) / G
+  valid_BGN = jnp.broadcast_to(trace.valid_BN[:, None], (B, G, N))
+  told = dict(
+    reward=Mean.of(reward_BGN, valid_BGN),
+    reward_std=Mean.of(reward_BGN.std(axis=1), trace.valid_BN),
+    flat_groups=Mean.of(~varied(reward_BGN), trace.valid_BN),
+    advantage_abs=Mean.of(jnp.abs(advantage_BGN), valid_BGN),
+  )
+  return score, share_B, told
 
 
 def describe(trace: Trace) -> dict[str, Mean]:

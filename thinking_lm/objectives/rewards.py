@@ -1,12 +1,54 @@
-"""What a thought is paid: pure functions of the outcome log p(y | x, z), in nats where not said otherwise.
+"""What a thought is paid: pure functions of the Trace that give reward_BGN. No gradient flows through a reward.
 
-A reward gives reward_BGN from outcome_BGN; no gradient flows through it.
+The outcome of a thought is log p(y | x, z) of its look-ahead targets y, weighted by their weights. To add a reward,
+write the function and its line in the table.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
 
-def log_prob(outcome_BGN):
+import jax.numpy as jnp
+
+
+def log_prob(trace):
   """log p(y | x, z): what perplexity pays for. Nats, <= 0. Its expectation is J."""
-  return outcome_BGN
+  return trace.outcome_BGN
 
 
-REWARDS = dict(log_prob=log_prob)
+def info_gain(trace):
+  """log p(y | x, z) - log p(y | x), the latter by the same model without the thought. Nats.
+
+  The same for every sample of a group, the second term cancels in every advantage with a group baseline; and it rises
+  when the model gets worse without thoughts, so that nll and nll_base belong beside it.
+  """
+  return trace.outcome_BGN - trace.base_outcome_BN[:, None]
+
+
+def prob(trace):
+  """p(y | x, z), in [0, 1]. Its expectation is P. Next to nothing for long y, whatever the thought."""
+  return jnp.exp(trace.outcome_BGN)
+
+
+def exact_match(trace):
+  """1 if every target of y with a weight is the model's most likely token (given those before it), else 0."""
+  return trace.outcome_hit_BGN.astype(jnp.float32)
+
+
+class Reward(NamedTuple):
+  """A member of the table. of: Trace -> reward_BGN. base: it needs the pass without thoughts (topology private)."""
+
+  of: Callable
+  base: bool = False
+
+
+REWARDS = dict(
+  log_prob=Reward(log_prob),
+  info_gain=Reward(info_gain, base=True),
+  prob=Reward(prob),
+  exact_match=Reward(exact_match),
+)
+
+
+def paid(name: str, price: float, trace):
+  """reward_BGN of `name`, less `price` (in its unit) for every think token that the thought used."""
+  return REWARDS[name].of(trace) - price * trace.used_BGN

@@ -139,3 +139,13 @@ def rest(batch: Batch, layout: Layout, lookahead: int):
   ahead_BNT = jnp.arange(T) - layout.anchors_BN[..., None]
   same_BNT = batch.segments_BT[:, None] == take(batch.segments_BT, layout.anchors_BN, 0)[..., None]
   return (ahead_BNT >= 0) & (ahead_BNT < (lookahead or T)) & same_BNT
+
+
+def documents(batch: Batch, layout: Layout):
+  """(unit_BN, free_BT) of persistent thoughts, as in Trace: whose outcome a document's thoughts share, and the rest."""
+  B, N = layout.anchors_BN.shape
+  segment_BN = take(batch.segments_BT, layout.anchors_BN, 0)
+  same_BNN = segment_BN[:, :, None] == segment_BN[:, None, :]
+  thought_BT = rest(batch, layout, 0).any(axis=1)
+  unit_BN = jnp.argmax(same_BNN, axis=-1) if N else jnp.zeros((B, 0), jnp.int32)
+  return unit_BN, jnp.where(thought_BT, 0, batch.weights_BT)

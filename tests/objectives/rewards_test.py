@@ -1,0 +1,66 @@
+"""Every reward against its definition, on the tables of the bandit and on what the real rollout hands over."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests.objectives import bandit, tiny
+from thinking_lm.objectives.rewards import REWARDS, paid
+
+
+@pytest.fixture(scope="module")
+def trace():
+  with jax.enable_x64(True):
+    return jax.tree.map(np.asarray, bandit.trace(bandit.parameters(), bandit.groups(2)))
+
+
+def by_hand(name, trace, b, g):
+  """The reward of one thought, from the log-probabilities of its two targets."""
+  logs = [trace.logp_BGT[b, g, 0], trace.ahead_logp_BGNA[b, g, 0, 0]]
+  if name == "exact_match":
+    params, c, z = bandit.parameters(), *bandit.groups(2)[b, [0, 1 + g]]
+    return all(np.argmax(params["reader_CZMY"][c, z, m]) == bandit.TARGETS_CM[c, m] for m in range(bandit.M))
+  return dict(log_prob=sum(logs), info_gain=sum(logs) - trace.base_outcome_BN[b, 0], prob=np.prod(np.exp(logs)))[name]
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_rewards_by_hand(name, trace):
+  reward_BGN = np.asarray(paid(name, 0.0, trace))
+  for b in range(0, len(reward_BGN), 7):
+    for g in range(2):
+      np.testing.assert_allclose(reward_BGN[b, g, 0], by_hand(name, trace, b, g), rtol=1e-6)
+  assert len(np.unique(reward_BGN)) > 1
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_every_think_token_costs_its_price(name, trace):
+  difference_BGN = np.asarray(paid(name, 0.0, trace)) - np.asarray(paid(name, 0.25, trace))
+  np.testing.assert_allclose(difference_BGN, 0.25 * trace.used_BGN, atol=1e-6)
+
+
+@pytest.mark.parametrize("topology", ["persistent", "private"])
+def test_the_rollout_tells_what_rewards_need(topology):
+  """Outcomes, hits and the pass without thoughts are those of the targets that the look-ahead reaches."""
+  trace = tiny.rolled(topology)
+  G = trace.logp_BGT.shape[1]
+  seen = set()
+  for g in range(G):
+    for n, anchor in enumerate(tiny.ANCHORS):
+      targets = [t for t in tiny.outcome_of(topology, anchor) if tiny.WEIGHTS[t]]
+      if topology == "persistent":
+        logs, hits = trace.logp_BGT[0, g, targets], trace.hit_BGT[0, g, targets]
+        np.testing.assert_allclose(
+          trace.outcome_BGN[0, g, n], (logs * tiny.WEIGHTS[targets]).sum(), rtol=1e-5, atol=1e-6
+        )
+        assert trace.outcome_hit_BGN[0, g, n] == hits.all()
+        seen.add(bool(hits.all()))
+      else:
+        base = (trace.base_logp_BT[0, targets] * tiny.WEIGHTS[targets]).sum()
+        np.testing.assert_allclose(trace.base_outcome_BN[0, n], base, rtol=1e-5, atol=1e-6)
+        first = trace.hit_BGT[0, g, anchor] or not tiny.WEIGHTS[anchor]
+        if not first:
+          assert not trace.outcome_hit_BGN[0, g, n]
+        if len(targets) == 1 and targets == [anchor]:
+          assert trace.outcome_hit_BGN[0, g, n] == first
+        seen.add(bool(trace.outcome_hit_BGN[0, g, n]))
+  assert seen == {False, True}, "the problem should show both"
