@@ -4,9 +4,11 @@ The rows of `problem.BATCH` are one for each placement, packed and not, so that 
 once and all its placements are compared.
 """
 
+import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ from tests.model import problem
 from tests.model.problem import ANCHORS, BATCH, TIED, UNTIED
 from thinking_lm.model.rollout import rollout
 from thinking_lm.thoughts.spec import ThoughtConfig
+from thinking_lm.types import Thoughts
 
 Thought = functools.partial(ThoughtConfig, length=2)
 PERSISTENT = dict(
@@ -142,3 +145,45 @@ def test_own_thoughts_put_back_in_give_the_same_trace(name):
   back = jax.device_get(again(problem.params(config), BATCH, problem.layout(), other_key, trace.thoughts))
   same_trace(trace, back, thought)
   np.testing.assert_array_equal(trace.thoughts.tokens_BGNJ, back.thoughts.tokens_BGNJ)
+
+
+def test_what_is_drawn_depends_on_the_example_the_sample_and_the_anchor_only():
+  # Neither on the other rows of the batch, nor on the anchors before it (a private thought does not see them).
+  config, thought = CASES["private-sampled"]
+  (_, trace), _ = rolled("private-sampled")
+  rows = np.array([2, 0])
+  anchors = [ANCHORS[row][1:] for row in rows]
+  fewer = jax.tree.map(lambda leaf: leaf[rows], BATCH)
+  run = jax.jit(functools.partial(rollout, problem.model(config), thought), compiler_options=problem.FAST)
+  alone = jax.device_get(run(problem.params(config), fewer, problem.layout(anchors), problem.KEY)).thoughts.tokens_BGNJ
+  drawn = trace.thoughts.tokens_BGNJ
+  for number, row in enumerate(rows):
+    count = len(anchors[number])
+    np.testing.assert_array_equal(alone[number, :, :count], drawn[row, :, 1 : count + 1])
+  assert (drawn[0, 0] != drawn[0, 1]).any()  # samples differ
+  assert (drawn[0, :, 1:] != drawn[0, :, :-1]).any()
+  other = jax.device_get(run(problem.params(config), fewer, problem.layout(anchors), jax.random.key(1)))
+  assert (other.thoughts.tokens_BGNJ != alone).any()
+
+
+@pytest.mark.parametrize("topology", ["persistent", "private"])
+def test_a_greedy_thought_is_the_most_likely_token_after_each_slot(topology):
+  thought = Thought(kind="sampled", topology=topology, temperature=0.0)
+  run = jax.jit(functools.partial(rollout, problem.model(), thought), compiler_options=problem.FAST)
+  first, second = (
+    jax.device_get(run(problem.params(), BATCH, problem.layout(), jax.random.key(seed))) for seed in (0, 1)
+  )
+  np.testing.assert_array_equal(first.thoughts.tokens_BGNJ, second.thoughts.tokens_BGNJ)
+  assert not first.policy_logp_BGN.any() and not first.entropy_BGN.any()
+  # The same thoughts at temperature 1: each first token is at least as likely as any other in its place.
+  scored = dataclasses.replace(thought, temperature=1.0, length=1)
+  score = jax.jit(functools.partial(rollout, problem.model(), scored), compiler_options=problem.FAST)
+  start = first.thoughts.tokens_BGNJ[:, :, :1, :1]  # of the first anchor: in its past nothing is different
+  only = problem.layout([row[:1] for row in ANCHORS])
+
+  def policy(tokens):
+    inputs = problem.model().bind(problem.params()).embed(jnp.asarray(tokens))
+    return score(problem.params(), BATCH, only, problem.KEY, Thoughts(inputs, jnp.asarray(tokens))).policy_logp_BGN
+
+  best = policy(start)
+  assert all((policy(np.full_like(start, token)) <= best).all() for token in range(problem.V))

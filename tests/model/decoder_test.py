@@ -1,0 +1,146 @@
+"""The decoder by itself, and the plain decoder as the rollout with thoughts of length 0."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.model import problem
+from tests.model.problem import BATCH, TIED, UNTIED
+from thinking_lm.config import parse
+from thinking_lm.errors import ConfigError
+from thinking_lm.model.decoder import DTYPES, REMAT, Model, ModelConfig
+from thinking_lm.model.layers import MASKED
+from thinking_lm.model.rollout import rollout
+from thinking_lm.thoughts.placement import place
+from thinking_lm.thoughts.spec import ThoughtConfig
+
+jit = functools.partial(jax.jit, compiler_options=problem.FAST)
+
+
+@pytest.mark.parametrize("topology", ["persistent", "private"])
+@pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
+def test_thoughts_of_length_0_are_the_plain_decoder_bit_for_bit(config, topology):
+  model = problem.model(config)
+  thought = ThoughtConfig(length=0, topology=topology, placement="every", delimiters=True)
+
+  def thinking(params):
+    layout = place(BATCH, thought, problem.VOCABULARY)
+    trace = rollout(model, thought, params, BATCH, layout, jax.random.key(0))
+    return trace.logp_BGT[:, 0]
+
+  def plain(params):
+    decoder = model.bind(params)
+    segments = BATCH.segments_BT
+    mask = (segments[:, :, None] == segments[:, None, :]) & np.tril(np.ones((problem.T, problem.T), bool))
+    mask &= segments[:, None, :] > 0
+    hidden, _ = decoder(decoder.embed(BATCH.tokens_BT)[:, None], BATCH.positions_BT[:, None], mask[:, None])
+    logits = decoder.logits(hidden[:, 0])
+    return jnp.take_along_axis(logits, BATCH.targets_BT[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
+
+  params = problem.params(config)
+  real = BATCH.segments_BT > 0
+  np.testing.assert_array_equal(jit(thinking)(params)[real], jit(plain)(params)[real])
+
+
+@pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
+def test_control_rows_are_never_predicted(config):
+  model = Model(dataclasses.replace(config, vocabulary_multiple=8), problem.V)
+  decoder = model.bind(model.init(jax.random.key(0)))
+  assert (decoder.start, decoder.stop, decoder.pause) == (problem.V, problem.V + 1, problem.V + 2)
+  logits = decoder.logits(jax.random.normal(jax.random.key(1), (3, 4, 8)) * 50)
+  assert logits.shape == (3, 4, 16) and logits.dtype == jnp.float32
+  assert (logits[..., problem.V :] == MASKED).all() and (logits[..., : problem.V] > MASKED / 2).all()
+  np.testing.assert_array_equal(jax.nn.softmax(logits)[..., problem.V :], 0)
+  if config.logit_cap:
+    assert np.abs(logits[..., : problem.V]).max() <= config.logit_cap
+
+
+def loss_of(config):
+  thought = ThoughtConfig(kind="latent", length=1, topology="persistent", placement="stride", stride=4)
+  model, layout = problem.model(config), problem.layout([[3]] * len(BATCH.ids_B), block=4).replace(blocks=3)
+
+  def loss(params):
+    trace = rollout(model, thought, params, BATCH, layout, jax.random.key(0))
+    return jnp.sum(trace.logp_BGT[:, 0] * BATCH.weights_BT), trace
+
+  return loss
+
+
+@functools.cache
+def reference():
+  return jit(jax.value_and_grad(loss_of(TIED), has_aux=True))(problem.params())
+
+
+@pytest.mark.parametrize("remat", [name for name in REMAT if name != "none"])
+def test_remat_changes_memory_and_not_numbers(remat):
+  loss = loss_of(dataclasses.replace(TIED, remat=remat))
+  (value, _), gradient = jit(jax.value_and_grad(loss, has_aux=True))(problem.params())
+  (same, _), expected = reference()
+  np.testing.assert_allclose(value, same, rtol=1e-6)
+  for leaf, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=1e-5 * np.abs(other).max())
+
+
+def saved_bytes(remat):
+  """Bytes that the backward pass of one forward pass keeps."""
+  model = problem.model(dataclasses.replace(TIED, remat=remat))
+
+  def forward(params):
+    decoder = model.bind(params)
+    x = decoder.embed(BATCH.tokens_BT)[:, None]
+    return decoder(x, BATCH.positions_BT[:, None], jnp.ones((1, 1, problem.T, problem.T), bool))[0].sum()
+
+  kept = jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(forward, params)[1], problem.params()))
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
+
+
+def test_remat_policies_keep_less_and_less():
+  none, dots, full = (saved_bytes(name) for name in ("none", "dots", "full"))
+  assert none > dots > full
+
+
+def test_bfloat16_is_close_and_log_probabilities_are_float32():
+  loss = loss_of(dataclasses.replace(TIED, compute_dtype="bfloat16"))
+  (_, trace), gradient = jit(jax.value_and_grad(loss, has_aux=True))(problem.params())
+  (_, full), expected = reference()
+  for name in ("logp_BGT", "outcome_BGN", "policy_logp_BGN", "entropy_BGN"):
+    assert getattr(trace, name).dtype == jnp.float32
+  assert trace.thoughts.inputs_BGNJD.dtype == DTYPES["bfloat16"]
+  real = np.broadcast_to(BATCH.segments_BT[:, None] > 0, trace.logp_BGT.shape)
+  error = np.abs(trace.logp_BGT - full.logp_BGT)[real]
+  assert 0 < error.max() < 0.15 and error.mean() < 0.03
+  for leaf, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+    assert leaf.dtype == jnp.float32
+    assert np.linalg.norm(leaf - other) < 0.05 * np.linalg.norm(other)
+
+
+@pytest.mark.parametrize(
+  "values,message",
+  [
+    (dict(width=10, heads=4), "width 10 does not divide into 4 heads"),
+    (dict(heads=4, kv_heads=3), "heads 4 must be a multiple of kv_heads 3"),
+    (dict(width=12, heads=4), "a head must have an even width for rotary positions, got 3"),
+    (dict(head_width=5), "a head must have an even width for rotary positions, got 5"),
+    (dict(layers=0), "config.layers must be at least 1, got 0"),
+    (dict(rope_base=1.0), "config.rope_base must be greater than 1, got 1.0"),
+    (dict(logit_cap=-1.0), "config.logit_cap must be at least 0, got -1.0"),
+    (dict(logit_cap=float("nan")), "config.logit_cap must be finite, got nan"),
+    (dict(remat="half"), "unknown name 'half'; known: none, dots, full"),
+    (dict(compute_dtype="float16"), "unknown name 'float16'; known: float32, bfloat16"),
+    (dict(latent_map="affine"), "unknown name 'affine'; known: identity, linear"),
+    (dict(depth=3), "unknown key config.depth"),
+    (dict(layers=2.0), "config.layers must be int, got 2.0 (float)"),
+  ],
+)
+def test_faults_of_a_model_config(values, message):
+  with pytest.raises(ConfigError) as caught:
+    parse(ModelConfig, values)
+  assert [message in line for line in caught.value.faults] == [True]
+
+
+def test_a_fitting_model_config_has_no_faults():
+  assert parse(ModelConfig, dict(width=10, heads=4, head_width=6)).resolved_head_width == 6
