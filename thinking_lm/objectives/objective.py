@@ -88,7 +88,8 @@ def _score(config, trace):
   """(sum over thoughts of A log pi(z) / G, share of each row's targets that it is averaged over, metrics).
 
   The share is that of the row's groups which the advantage keeps: rows are never split between devices or
-  micro-batches, so that the counts of a global batch add up.
+  micro-batches, so that the counts of a global batch add up. Metrics: reward, its reward_std within a group, the share
+  of flat_groups (whose thoughts are all paid the same, see `varied`), advantage_abs.
   """
   member, (B, G, N) = ADVANTAGES[config.advantage], trace.outcome_BGN.shape
   reward_BGN = paid(config.reward, config.price, BOUNDS[config.bound].credit(jax.lax.stop_gradient(trace)))

@@ -1,0 +1,225 @@
+"""The objective as a whole: which gradient it expects, what that is divided by, what is refused, how it is extended."""
+
+import dataclasses
+import inspect
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.objectives import bandit
+from thinking_lm import experiment, recipes
+from thinking_lm.errors import ConfigError
+from thinking_lm.objectives.advantages import ADVANTAGES, Advantage
+from thinking_lm.objectives.objective import ObjectiveConfig, objective
+from thinking_lm.training.state import make_init
+from thinking_lm.training.step import StepConfig, make_train_step
+
+
+def flat(tree):
+  return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def expected_gradient(config, G):
+  """Of -loss, over all groups of G thoughts of the tables."""
+  assert not config.faults()
+  rows = bandit.groups(G)
+
+  def expected(params):
+    one = lambda row: objective(config, jax.tree.map(lambda a: a[None], row))[0]
+    return -(bandit.weights(params, rows) * jax.vmap(one)(bandit.trace(params, rows))).sum()
+
+  with jax.enable_x64(True):
+    return flat(jax.grad(expected)(bandit.parameters()))
+
+
+def exact_gradient(value):
+  with jax.enable_x64(True):
+    return flat(jax.grad(value)(bandit.parameters()))
+
+
+def expected_value(of):
+  """Parameters -> E_z of(z, log p(y | z)) summed over contexts, with `of` held fixed: a score term's gradient."""
+
+  def value(params):
+    logs_CZ = jax.lax.stop_gradient(bandit.outcomes(params))
+    reward_CZ = jax.lax.stop_gradient(of(np.arange(bandit.Z)[None], logs_CZ, params))
+    return (jax.nn.softmax(params["policy_CZ"]) * reward_CZ).sum()
+
+  return value
+
+
+def hits(params):
+  """1 where both targets are the most likely tokens, [C, Z]."""
+  return bandit.target_logp(params, bandit.groups(1))[1].all(axis=2).reshape(bandit.C, bandit.Z)
+
+
+SCORE = dict(nll_weight=0.0, score_weight=1.0)
+GRADIENTS = dict(
+  J=(dict(), lambda p: bandit.exact(p)["J"]),
+  J_info_gain=(dict(reward="info_gain"), lambda p: bandit.exact(p)["J"]),
+  J_none=(dict(advantage="none"), lambda p: bandit.exact(p)["J"]),
+  P=(dict(bound="P", reward="prob"), lambda p: bandit.exact(p)["P"]),
+  P_none=(dict(bound="P", reward="prob", advantage="none"), lambda p: bandit.exact(p)["P"]),
+  M_vimco=(dict(bound="M", advantage="vimco"), lambda p: bandit.sampled_bound(p, 2)),
+  M_jepo=(dict(bound="M", advantage="jepo"), lambda p: bandit.sampled_bound(p, 2)),
+  price=(SCORE | dict(price=0.5), expected_value(lambda z, logs, p: logs - 0.5 * (z % 3 + 1))),
+  exact_match=(SCORE | dict(reward="exact_match"), expected_value(lambda z, logs, p: hits(p).astype(float))),
+  entropy=(
+    dict(entropy_weight=0.3),
+    lambda p: bandit.exact(p)["J"] + 0.3 * jax.scipy.special.entr(jax.nn.softmax(p["policy_CZ"])).sum(),
+  ),
+  nothing_to_think=(
+    dict(nll_weight=0.0, base_weight=1.0, score_weight=0.0),
+    lambda p: bandit.trace(p, bandit.groups(1)[:: bandit.Z]).base_logp_BT.sum(),
+  ),
+)
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_expected_gradients(name):
+  options, value = GRADIENTS[name]
+  got, wanted = expected_gradient(ObjectiveConfig(**(dict(score_weight=1.0) | options)), 2), exact_gradient(value)
+  np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_one_term_alone_is_not_the_gradient():
+  wanted = exact_gradient(lambda p: bandit.exact(p)["J"])
+  for options in (dict(), SCORE):
+    got = expected_gradient(ObjectiveConfig(**options), 2)
+    assert np.linalg.norm(got - wanted) > 0.1 * np.linalg.norm(wanted)
+
+
+def measured(config, rows):
+  """(gradient of the loss, count) of some rows of the tables."""
+  with jax.enable_x64(True):
+    loss = lambda params: objective(config, bandit.trace(params, rows))
+    grads, metrics = jax.grad(loss, has_aux=True)(bandit.parameters())
+  return flat(grads), {name: (float(mean.total), float(mean.count)) for name, mean in metrics.items()}
+
+
+def test_dapo_is_grpo_averaged_over_the_groups_that_vary():
+  rows = bandit.groups(2)[::5]
+  varied = rows[:, 1] != rows[:, 2]
+  assert 0 < varied.sum() < len(rows)
+  grpo, dapo = (measured(ObjectiveConfig(**SCORE, advantage=name), rows) for name in ("grpo", "dapo"))
+  assert grpo[1]["loss"][1] == 2 * len(rows)  # two targets a row
+  assert dapo[1]["loss"][1] == 2 * varied.sum()
+  np.testing.assert_allclose(dapo[1]["flat_groups"], [len(rows) - varied.sum(), len(rows)])
+  np.testing.assert_allclose(dapo[0], grpo[0], rtol=1e-9, atol=1e-12)  # the sums; the step divides them by the counts
+
+
+@pytest.mark.parametrize("name", ["leave_one_out", "dapo"])
+def test_parts_of_a_batch_add_up(name):
+  config, rows = ObjectiveConfig(**SCORE, advantage=name), bandit.groups(2)[::7]
+  whole, *parts = (measured(config, part) for part in (rows, rows[:4], rows[4:]))
+  np.testing.assert_allclose(parts[0][0] + parts[1][0], whole[0], rtol=1e-9, atol=1e-12)
+  for metric, mean in whole[1].items():
+    np.testing.assert_allclose(np.add(parts[0][1][metric], parts[1][1][metric]), mean, rtol=1e-6)
+
+
+def test_thoughts_that_do_not_exist_are_neither_paid_nor_counted():
+  with jax.enable_x64(True):
+    trace = bandit.trace(bandit.parameters(), bandit.groups(2)[:5])
+    pad = lambda a, axis: jnp.concatenate([a, jnp.zeros_like(a)], axis=axis)
+    padded = trace.replace(
+      **{name: pad(getattr(trace, name), 2) for name in ("outcome_BGN", "policy_logp_BGN", "entropy_BGN", "used_BGN")},
+      **{name: pad(getattr(trace, name), 1) for name in ("valid_BN", "base_outcome_BN", "ahead_weights_BNA")},
+      ahead_logp_BGNA=pad(trace.ahead_logp_BGNA, 2),
+      outcome_hit_BGN=pad(trace.outcome_hit_BGN, 2),
+      unit_BN=jnp.broadcast_to(jnp.arange(2), (5, 2)),
+    )
+    for options in (
+      dict(),
+      dict(bound="M", advantage="vimco"),
+      dict(bound="P", reward="prob"),
+      SCORE | dict(advantage="dapo"),
+    ):
+      config = ObjectiveConfig(**(dict(score_weight=1.0) | options), entropy_weight=0.1)
+      for got, wanted in zip(*map(jax.tree.leaves, (objective(config, padded), objective(config, trace))), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-9)
+
+
+FAULTS = [
+  (dict(bound="P"), "bound 'P' pays for prob, got reward 'log_prob'"),
+  (dict(bound="M", advantage="vimco", reward="exact_match"), "bound 'M' pays for log_prob or info_gain"),
+  (dict(bound="M"), "'leave_one_out' does not credit bound 'M', whose score term needs one of: vimco, jepo"),
+  (dict(advantage="vimco"), "'vimco' does not credit bound 'J', whose score term needs one of: none, mean"),
+  (dict(bound="M", advantage="jepo", price=0.1), "price needs bound 'J' or 'P'"),
+  (dict(advantage="dapo"), "which the NLL terms do not share"),
+  (dict(nll_weight=0.0, score_weight=0.0), "nothing to learn"),
+]
+
+
+@pytest.mark.parametrize("options,message", FAULTS)
+def test_what_means_nothing_is_refused(options, message):
+  config = ObjectiveConfig(**(dict(score_weight=1.0) | options))
+  assert len(config.faults()) == 1 and message in config.faults()[0]
+  if config.nll_weight:
+    assert dataclasses.replace(config, score_weight=0.0).faults() == [], "without a score term there is no mismatch"
+
+
+SAMPLED = {"thought.kind": "sampled", "thought.length": 1, "thought.samples": 2}
+THOUGHT_FAULTS = [
+  (SAMPLED | {"objective.bound": "M"}, "thought.lookahead 0 .the rest of the document., got 1"),
+  (SAMPLED | {"objective.reward": "info_gain", "objective.score_weight": 1.0}, "reward 'info_gain' needs thought.topo"),
+  ({"objective.entropy_weight": 0.1}, "objective.entropy_weight needs thoughts with a log-probability"),
+  (SAMPLED | {"objective.entropy_weight": 0.1, "thought.temperature": 0.0}, "entropy_weight needs thought.temperature"),
+  (SAMPLED | {"objective.score_weight": 1.0, "thought.samples": 1}, "samples of at least 2, got 1"),
+]
+
+
+@pytest.mark.parametrize("values,message", THOUGHT_FAULTS)
+def test_what_the_thoughts_cannot_give_is_refused(values, message):
+  config = experiment.default_config()
+  config.update_from_flattened_dict(values)
+  with pytest.raises(ConfigError, match=message):
+    experiment.parse(config)
+
+
+def small(recipe, **options):
+  config = recipes.apply(experiment.default_config(), recipe)
+  config.update_from_flattened_dict(
+    {"data.source": "task", "data.sequence_length": 0, "data.task.length": 4, "data.task.name": "word_problem"}
+    | {"model.layers": 1, "model.width": 8, "model.heads": 2, "model.kv_heads": 1}
+    | options
+  )
+  return config
+
+
+def test_rows_too_short_for_a_thought_have_all_their_terms():
+  options = {"thought.placement": "stride", "thought.topology": "private", "objective.base_weight": 1.0}
+  built = experiment.build(
+    experiment.parse(small("hybrid", **options, **{"objective.reward": "info_gain", "thought.lookahead": 2}))
+  )
+  batch = next(built.data.batches("train", global_batch=2))
+  loss, metrics = jax.eval_shape(built.loss_fn, built.model.shapes, batch, jax.random.key(0))
+  assert loss.shape == () and "nll_base" in metrics
+
+
+def median(reward_BGN):
+  """A_g = r_g - median of the group."""
+  return reward_BGN - jnp.median(reward_BGN, axis=1, keepdims=True)
+
+
+def test_an_advantage_is_one_function_and_one_line(monkeypatch):
+  """As the README says: the function, its line in the table, and then it trains."""
+  readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+  assert inspect.getsource(median) in readme
+  assert 'ADVANTAGES["median"] = Advantage(median, unbiased=False, needs=2)\n' in readme
+  config = small("hybrid")
+  config.objective.advantage = "median"
+  with pytest.raises(ConfigError, match="unknown name 'median'; known: none, mean, leave_one_out"):
+    experiment.parse(config)
+  monkeypatch.setitem(ADVANTAGES, "median", Advantage(median, unbiased=False, needs=2))
+  built = experiment.build(experiment.parse(config))
+  optimizer = optax.sgd(1.0)
+  step = jax.jit(make_train_step(built.loss_fn, optimizer, lambda count: 0.1, StepConfig()))
+  before = make_init(built.init, optimizer, ema=False)(jax.random.key(0))
+  batch = jax.tree.map(jnp.asarray, next(built.data.batches("train", global_batch=2)))
+  after, metrics = step(before, batch, jax.random.key(1))
+  assert int(after.step) == 1 and float(metrics["skipped"]) == 0 and float(metrics["grad_norm"]) > 0
+  assert np.abs(flat(after.params) - flat(before.params)).max() > 0
