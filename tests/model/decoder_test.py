@@ -46,6 +46,22 @@ def test_thoughts_of_length_0_are_the_plain_decoder_bit_for_bit(config, topology
   np.testing.assert_array_equal(jit(thinking)(params)[real], jit(plain)(params)[real])
 
 
+@pytest.mark.parametrize("topology", ["persistent", "private"])
+def test_rows_too_short_for_a_thought_are_the_plain_decoder(topology):
+  plain, short = ThoughtConfig(length=0), ThoughtConfig(length=2, topology=topology, placement="stride", stride=50)
+  traces = [
+    jit(functools.partial(rollout, problem.model(), thought))(
+      problem.params(), BATCH, place(BATCH, thought, problem.VOCABULARY), jax.random.key(0)
+    )
+    for thought in (plain, short)
+  ]
+  np.testing.assert_array_equal(traces[1].logp_BGT, traces[0].logp_BGT)
+  assert traces[1].valid_BN.shape == (len(BATCH.ids_B), 0)
+  assert (traces[1].base_logp_BT is not None) == (topology == "private")
+  if topology == "private":
+    np.testing.assert_array_equal(traces[1].base_logp_BT, traces[0].logp_BGT[:, 0])
+
+
 @pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
 def test_control_rows_are_never_predicted(config):
   model = Model(dataclasses.replace(config, vocabulary_multiple=8), problem.V)
