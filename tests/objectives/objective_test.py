@@ -112,6 +112,17 @@ def test_dapo_is_grpo_averaged_over_the_groups_that_vary():
   np.testing.assert_allclose(dapo[0], grpo[0], rtol=1e-9, atol=1e-12)  # the sums; the step divides them by the counts
 
 
+def test_dapo_filters_groups_that_hardly_vary():
+  with jax.enable_x64(True):
+    trace = bandit.trace(bandit.parameters(), bandit.groups(2)[:2])
+    trace = trace.replace(outcome_BGN=jnp.array([[-2.0, -2.0001], [-2.0, -3.0]])[:, :, None])
+    slope = lambda name: jax.grad(
+      lambda logp: objective(ObjectiveConfig(**SCORE, advantage=name), trace.replace(policy_logp_BGN=logp))[0]
+    )(trace.policy_logp_BGN)[:, :, 0]
+    np.testing.assert_allclose(slope("dapo"), [[0, 0], [-0.5, 0.5]], rtol=1e-9)
+    assert np.abs(slope("grpo")[0]).min() > 0
+
+
 @pytest.mark.parametrize("name", ["leave_one_out", "dapo"])
 def test_parts_of_a_batch_add_up(name):
   config, rows = ObjectiveConfig(**SCORE, advantage=name), bandit.groups(2)[::7]
