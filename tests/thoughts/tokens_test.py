@@ -15,7 +15,9 @@ LOGITS_V = np.array([0.3, -1.0, 1.2, 0.0, -0.4, MASKED, MASKED, MASKED], np.floa
 REAL = 5
 COUNT = 20_000
 KEYS = jax.random.split(jax.random.key(3), COUNT)
-STUB = types.SimpleNamespace(logits=lambda hidden: hidden, mix=lambda weights: weights, embed=lambda tokens: tokens)
+STUB = types.SimpleNamespace(
+  logits=lambda hidden, stop=False: hidden, mix=lambda weights: weights, embed=lambda tokens: tokens
+)
 
 
 def probabilities(temperature):
@@ -99,7 +101,13 @@ def test_claims_of_a_kind(name):
   kind = KINDS[name]
   assert kind.stochastic or not kind.policy
   model = types.SimpleNamespace(
-    **dict(logits=lambda h: h, mix=lambda w: w, feedback=lambda h: h, pause=6, embed=lambda t: jax.nn.one_hot(t, 8))
+    **dict(
+      logits=lambda h, stop=False: h,
+      mix=lambda w: w,
+      feedback=lambda h: h,
+      pause=6,
+      embed=lambda t: jax.nn.one_hot(t, 8),
+    )
   )
   config = ThoughtConfig(kind=name, length=1)
   step = lambda x, key: kind.step(model, x, jax.random.split(jax.random.key(key), 64), config)[0]

@@ -174,14 +174,15 @@ class Decoder(nnx.Module):
     """The input of a latent thought from the hidden state before it, both [..., D] (Coconut, arXiv:2412.06769)."""
     return hidden if self.config.latent_map == "identity" else matmul(hidden, self.latent[...])
 
-  def logits(self, hidden):
-    """float32 logits [..., rows] of hidden states [..., D]; everything that is no real token is masked."""
+  def logits(self, hidden, stop: bool = False):
+    """float32 logits [..., rows] of hidden states [..., D]; all but real tokens, and STOP if wanted, are masked."""
     head = self.embedding[...].T if self.config.tie_embeddings else self.head[...]
     flat = hidden.reshape(-1, hidden.shape[-1])
     logits = jnp.dot(flat, head.astype(flat.dtype), preferred_element_type=jnp.float32)
     if self.config.logit_cap:
       logits = self.config.logit_cap * jnp.tanh(logits / self.config.logit_cap)
-    logits = jnp.where(jnp.arange(head.shape[-1]) < self.vocabulary_size, logits, MASKED)
+    row = jnp.arange(head.shape[-1])
+    logits = jnp.where((row < self.vocabulary_size) | (stop & (row == self.stop)), logits, MASKED)
     return logits.reshape(*hidden.shape[:-1], -1)
 
   def __call__(self, x_BPQD, positions_BPQ, mask_BPQQ, past: Seen | None = None, own: Seen | None = None):

@@ -148,7 +148,7 @@ def _prefill(decoder: Decoder, config, prompts: Batch, vocabulary, keys_B, max_t
     keys_BN = None
     if config.kind_of.stochastic:
       keys_BN = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys_B, layout.anchors_BN)
-    cache = stream_serial(decoder, config, stream, x_BSD, keys_BN, N, layout.block)[2]
+    _, _, stream, cache = stream_serial(decoder, config, stream, x_BSD, keys_BN, N, layout.block)
     segments_BS = stream.segments_BS
     if config.rotary == "advance":
       moved_B = config.slots * thoughts_B
@@ -204,9 +204,11 @@ def _persistent_step(decoder, config, state: _State, marked_B, keys_B):
   x_B1D = decoder.embed(state.token_B)[:, None]
   if config.length:
     own, hidden_BWD, _, tokens_Bn = block(
-      decoder, config, past, x_B1D, segments_BW, _positions(config, state), keys_B, jnp.any(marked_B)
+      decoder, config, past, x_B1D, segments_BW, _positions(config, state), keys_B, marked_B
     )
-    hidden_BD = jnp.where(marked_B[:, None], hidden_BWD[:, -1], hidden_BWD[:, 0])
+    last_B = jnp.where(marked_B, 1 + config.last(config.used(tokens_Bn, decoder.stop)), 0)
+    segments_BW = jnp.where(jnp.arange(1 + config.slots) > last_B[:, None], 0, segments_BW)
+    hidden_BD = jnp.take_along_axis(hidden_BWD, last_B[:, None, None], axis=1)[:, 0]
     thought_Bn = _read(decoder, config, hidden_BWD[:, 1:], tokens_Bn)
   else:
     hidden, own = decoder(x_B1D[:, None], state.rotary_B[:, None, None], jnp.ones((1, 1, 1, 1), bool), past)
@@ -231,17 +233,21 @@ def _private_step(decoder, config, state: _State, marked_B, keys_B):
     past = Seen(cache, (segments_BS > 0)[:, None, None])
     keys = None if keys_B is None else keys_B[:, None]
     positions = _positions(config, state)[:, None, 1:]
-    states, _, tokens, _ = think(decoder, config, hidden_BD[:, None], positions, keys, past, own)
-    thought_Bn = _read(decoder, config, states[:, 0], tokens[:, 0])
-    return jnp.where(marked_B[:, None], states[:, 0, -1], hidden_BD), thought_Bn
+    states, _, tokens, _ = think(
+      decoder, config, hidden_BD[:, None], positions, keys, past, own, wanted_BP=marked_B[:, None]
+    )
+    last_B = config.last(config.used(tokens[:, 0], decoder.stop))
+    end_BD = jnp.take_along_axis(states[:, 0], last_B[:, None, None], axis=1)[:, 0]
+    return jnp.where(marked_B[:, None], end_BD, hidden_BD), _read(decoder, config, states[:, 0], tokens[:, 0])
 
   skipping = lambda hidden_BD: (hidden_BD, jnp.full((B, config.length), -1, jnp.int32))
   return cache, segments_BS, *jax.lax.cond(jnp.any(marked_B), thinking, skipping, hidden[:, 0, 0])
 
 
 def _read(decoder, config, states_BJD, tokens_Bn):
-  """Tokens to show for a thought: its own, or what the head reads off each think slot."""
+  """Tokens to show for a thought: its own, or what the head reads off each think slot; -1 from its end on."""
   if config.kind not in ("latent", "pause"):
-    return tokens_Bn.astype(jnp.int32)
+    used_B = config.used(tokens_Bn, decoder.stop)
+    return jnp.where(jnp.arange(config.length) < used_B[:, None], tokens_Bn, -1).astype(jnp.int32)
   states_BnD = states_BJD[:, config.opening : config.opening + config.length]
   return jnp.argmax(decoder.logits(states_BnD), axis=-1).astype(jnp.int32)

@@ -24,9 +24,9 @@ def target_logp(decoder, hidden_XD, targets_X):
   return _chunked(one, hidden_XD, targets_X)
 
 
-def policy(decoder, hidden_XD, tokens_X, temperature: float):
+def policy(decoder, hidden_XD, tokens_X, temperature: float, stop: bool):
   """(log pi(token), entropy) of the think token that follows each hidden state, nats; see `tokens.log_policy`."""
-  return _chunked(lambda h, z: log_policy(decoder.logits(h), z, temperature), hidden_XD, tokens_X)
+  return _chunked(lambda h, z: log_policy(decoder.logits(h, stop), z, temperature), hidden_XD, tokens_X)
 
 
 def _chunked(function, hidden_XD, index_X):

@@ -15,7 +15,6 @@ from thinking_lm.model.decoder import Cache, Model, Seen
 from thinking_lm.model.readout import policy, target_logp
 from thinking_lm.model.thinking import empty_cache, stream_serial, think
 from thinking_lm.thoughts import topology
-from thinking_lm.thoughts.halting import HALTING
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.types import Batch, Layout, Params, Thoughts, Trace
 
@@ -67,10 +66,9 @@ def _pauses(decoder, config, layout):
 
 def _wrap(decoder, config, inputs_XnD):
   """Think slots of thoughts [..., J, D] from their think tokens [..., n, D]: START and STOP around them, if wanted."""
-  if not config.delimiters:
-    return inputs_XnD
-  edge = (*inputs_XnD.shape[:-2], 1)
-  start, stop = (decoder.embed(jnp.full(edge, row)) for row in (decoder.start, decoder.stop))
+  edge = inputs_XnD.shape[:-2]
+  start = decoder.embed(jnp.full((*edge, config.opening), decoder.start))
+  stop = decoder.embed(jnp.full((*edge, config.closing), decoder.stop))
   return jnp.concatenate([start, inputs_XnD, stop], axis=-2)
 
 
@@ -84,7 +82,7 @@ def _persistent(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trac
   stream = topology.persistent(rows, row_layout, J, config.rotary)
   keys_BN = None if keys_BGN is None else merge(keys_BGN)
   given = None if given is None else jax.tree.map(merge, given)
-  hidden_BSD, thoughts = _stream(decoder, drawer, config, rows, stream, keys_BN, N, layout.block, given)
+  hidden_BSD, thoughts, stream = _stream(decoder, drawer, config, rows, stream, keys_BN, N, layout.block, given)
 
   think_BX = (stream.thought_BN[..., None] + jnp.arange(J)).reshape(B * G, N * J)
   think_BNJD = _gather(hidden_BSD, think_BX).reshape(B * G, N, J, hidden_BSD.shape[-1])
@@ -95,29 +93,35 @@ def _persistent(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trac
   outcome_BGN, missed_BGN = weigh(split(logp_BT)), weigh((~split(hit_BT)).astype(jnp.float32))
   thoughts, anchor_BGND, think_BGNJD = jax.tree.map(split, (thoughts, anchor_BND, think_BNJD))
   policy = _policy(decoder, config, anchor_BGND, think_BGNJD, thoughts)
-  trace = _trace(config, batch, layout, thoughts, policy, split(logp_BT), split(hit_BT), outcome_BGN)
+  trace = _trace(decoder, config, batch, layout, thoughts, policy, split(logp_BT), split(hit_BT), outcome_BGN)
   unit_BN, free_BT = topology.documents(batch, layout)
   return trace.replace(unit_BN=unit_BN, free_BT=free_BT, outcome_hit_BGN=missed_BGN == 0)
 
 
 def _stream(decoder, drawer, config, rows, stream, keys_BN, N, C, given):
-  """(hidden_BSD of all slots, Thoughts [B, N, ...])."""
+  """(hidden_BSD of all slots, Thoughts [B, N, ...], the stream with the ends of its thoughts)."""
   x_BSD = decoder.embed(topology.take(rows.tokens_BT, stream.token_BS, 0))
   B, S, D = x_BSD.shape
   if given is None and drawer is not None:
     drawn = stream_serial(drawer, config, stream, jax.lax.stop_gradient(x_BSD), keys_BN, N, C)[1].tokens_BGNJ
     given = Thoughts(decoder.embed(drawn), drawn)
   if given is None and config.length:
-    return stream_serial(decoder, config, stream, x_BSD, keys_BN, N, C)[:2]
+    return stream_serial(decoder, config, stream, x_BSD, keys_BN, N, C)[:3]
   if given is None:
     given = Thoughts(jnp.zeros((B, N, 0, D)), jnp.zeros((B, N, 0), jnp.int32))
   else:
+    stream = topology.end(stream, _last(decoder, config, given))
     slots_BXD = _wrap(decoder, config, given.inputs_BGNJD).reshape(B, -1, D)
     index_BS = stream.anchor_BS * config.slots + stream.step_S
     x_BSD = jnp.where(stream.step_S[:, None] < 0, x_BSD, _gather(slots_BXD, jnp.maximum(index_BS, 0)))
   slot_S = jnp.arange(S)
   mask = topology.sees(stream.segments_BS, stream.segments_BS, slot_S, slot_S)
-  return decoder(x_BSD[:, None], stream.positions_BS[:, None], mask)[0][:, 0], given
+  return decoder(x_BSD[:, None], stream.positions_BS[:, None], mask)[0][:, 0], given, stream
+
+
+def _last(decoder, config, thoughts):
+  """The last slot of each thought [..., n]."""
+  return config.last(config.used(thoughts.tokens_BGNJ, decoder.stop))
 
 
 def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
@@ -144,7 +148,9 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
 
   weights_BNM = pick(batch.weights_BT, plan.target_BNM, 0)
   targets_BPM = tile(pick(batch.targets_BT, plan.target_BNM, 0))
-  logp_BGNM, hit_BGNM = map(split, target_logp(decoder, hidden_BPXD[:, :, J - 1 :], targets_BPM))
+  end_BPD = jnp.take_along_axis(hidden_BPXD, _last(decoder, config, thoughts)[..., None, None], axis=2)
+  readout_BPMD = jnp.concatenate([end_BPD, hidden_BPXD[:, :, J:]], axis=2)
+  logp_BGNM, hit_BGNM = map(split, target_logp(decoder, readout_BPMD, targets_BPM))
   put = jax.vmap(lambda base_T, new_N, at_N: base_T.at[at_N].set(new_N, mode="drop"))  # over rows
   put = jax.vmap(put, (None, 1, None), 1)  # over samples
   logp_BGT = put(base_logp_BT, logp_BGNM[..., 0], layout.anchors_BN)
@@ -152,7 +158,7 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
   outcome_BGN = jnp.sum(logp_BGNM * weights_BNM[:, None], axis=-1)
   thoughts = jax.tree.map(split, thoughts)
   policy = _policy(decoder, config, split(anchor_BPD), split(hidden_BPXD[:, :, :J]), thoughts)
-  trace = _trace(config, batch, layout, thoughts, policy, logp_BGT, hit_BGT, outcome_BGN)
+  trace = _trace(decoder, config, batch, layout, thoughts, policy, logp_BGT, hit_BGT, outcome_BGN)
   base_BNM = pick(base_logp_BT, plan.target_BNM, 0)
   trace = trace.replace(
     unit_BN=jnp.broadcast_to(jnp.arange(N), (B, N)),
@@ -175,12 +181,17 @@ def _side_by_side(decoder, drawer, config, anchor_BPD, ahead_BPAD, positions_BPX
     anchor, shared = jax.lax.stop_gradient((anchor_BPD, past))
     drawn = think(drawer, config, anchor, positions_BPJ, keys_BP, shared, fresh)[2]
     given = Thoughts(decoder.embed(drawn), drawn)
+  live = lambda thoughts: jnp.arange(J) <= _last(decoder, config, thoughts)[..., None]  # [B, P, J]
   if given is not None:
     x = jnp.concatenate([_wrap(decoder, config, given.inputs_BGNJD), ahead_BPAD], axis=2)
-    return decoder(x, positions_BPX, jnp.tril(jnp.ones((J + A, J + A), bool))[None, None], past)[0], given
+    mask = (
+      jnp.tril(jnp.ones((J + A, J + A), bool))
+      & jnp.pad(live(given), [(0, 0)] * 2 + [(0, A)], constant_values=True)[:, :, None]
+    )
+    return decoder(x, positions_BPX, mask, past)[0], given
   hidden, inputs, tokens, cache = think(decoder, config, anchor_BPD, positions_BPJ, keys_BP, past, fresh)
   if A:
-    own = Seen(cache, jnp.ones((1, 1, 1, J), bool))
+    own = Seen(cache, live(Thoughts(inputs, tokens))[:, :, None])
     causal = jnp.tril(jnp.ones((A, A), bool))[None, None]
     hidden = jnp.concatenate([hidden, decoder(ahead_BPAD, positions_BPX[:, :, J:], causal, past, own)[0]], axis=2)
   return hidden, Thoughts(inputs, tokens)
@@ -192,14 +203,18 @@ def _policy(decoder, config, anchor_BGND, think_BGNJD, thoughts):
     return None
   before = jnp.concatenate([anchor_BGND[..., None, :], think_BGNJD], axis=-2)
   before = before[..., config.opening : config.opening + config.length, :]
-  logp_BGNJ, entropy_BGNJ = policy(decoder, before, thoughts.tokens_BGNJ, config.temperature)
-  return logp_BGNJ.sum(axis=-1), entropy_BGNJ.mean(axis=-1)
+  logp_BGNJ, entropy_BGNJ = policy(decoder, before, thoughts.tokens_BGNJ, config.temperature, config.may_stop)
+  # A STOP that was drawn is a choice of the policy too; what stands behind it is not.
+  chosen_BGNJ = jnp.arange(config.length) <= config.used(thoughts.tokens_BGNJ, decoder.stop)[..., None]
+  only = lambda a_BGNJ: jnp.sum(jnp.where(chosen_BGNJ, a_BGNJ, 0.0), axis=-1)
+  return only(logp_BGNJ), only(entropy_BGNJ) / chosen_BGNJ.sum(axis=-1)
 
 
-def _trace(config, batch, layout, thoughts, policy, logp_BGT, hit_BGT, outcome_BGN) -> Trace:
+def _trace(decoder, config, batch, layout, thoughts, policy, logp_BGT, hit_BGT, outcome_BGN) -> Trace:
   valid_BN = layout.anchors_BN < batch.tokens_BT.shape[1]
   valid_BGN = jnp.broadcast_to(valid_BN[:, None], outcome_BGN.shape)
   only = lambda a: jnp.where(valid_BGN, a, 0.0)
+  used_BGN = config.used(thoughts.tokens_BGNJ, decoder.stop)
   policy_logp_BGN, entropy_BGN = map(only, policy or (jnp.zeros(outcome_BGN.shape),) * 2)
   return Trace(
     logp_BGT=logp_BGT,
@@ -212,7 +227,7 @@ def _trace(config, batch, layout, thoughts, policy, logp_BGT, hit_BGT, outcome_B
     policy_logp_BGN=policy_logp_BGN,
     entropy_BGN=entropy_BGN,
     valid_BN=valid_BN,
-    used_BGN=HALTING[config.halting](config.length, valid_BGN),
+    used_BGN=jnp.where(valid_BGN, used_BGN, 0),
     thoughts=jax.lax.stop_gradient(thoughts),
   )
 

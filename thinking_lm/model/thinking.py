@@ -12,13 +12,24 @@ from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.types import Thoughts
 
 
-def think(decoder: Decoder, config: ThoughtConfig, hidden_BPD, positions_BPJ, keys_BP, past: Seen | None, own: Seen):
+def think(
+  decoder: Decoder,
+  config: ThoughtConfig,
+  hidden_BPD,
+  positions_BPJ,
+  keys_BP,
+  past: Seen | None,
+  own: Seen,
+  wanted_BP=None,
+):
   """Emits one thought in each of P streams, one slot after the other.
 
   Args:
     hidden_BPD: hidden state of each anchor.
     past: keys that all streams share, mask [B, P or 1, 1, S].
     own: keys of each stream, of which the last J slots are free for the thought; mask [B, P, 1, W - J] of the others.
+    wanted_BP: bool, for decoding: the thought ends for all as soon as each of these has drawn STOP. None: all n steps
+      are run, which gradients can flow through.
 
   Returns:
     (hidden_BPJD of the think slots, inputs_BPnD and tokens_BPn of the think tokens, own cache with the thought in it).
@@ -48,22 +59,45 @@ def think(decoder: Decoder, config: ThoughtConfig, hidden_BPD, positions_BPJ, ke
   if config.delimiters:
     hidden, cache = control(decoder.start, 0, cache)
     around[0].append(hidden[:, :, None])
-  (hidden, cache), (states, inputs, tokens) = jax.lax.scan(step, (hidden, cache), jnp.arange(n))
-  if config.delimiters:
+  (hidden, cache), made = _steps(step, (hidden, cache), n, decoder.stop, wanted_BP if config.may_stop else None)
+  states, inputs, tokens = made
+  if config.closing:
     hidden, cache = control(decoder.stop, J - 1, cache)
     around[1].append(hidden[:, :, None])
   states, inputs, tokens = (jnp.moveaxis(a, 0, 2) for a in (states, inputs, tokens))
   return jnp.concatenate([*around[0], states, *around[1]], axis=2), inputs, tokens, cache
 
 
-def block(decoder: Decoder, config, past: Seen, x_BCD, segments_BW, positions_BW, keys_B, needed=None):
+def _steps(step, carry, n, stop, wanted_BP):
+  """Scans `step` over 0 ... n - 1; with `wanted_BP` only until all these have drawn `stop` (the rest reads `stop`)."""
+  if wanted_BP is None:
+    return jax.lax.scan(step, carry, jnp.arange(n))
+  shapes = jax.eval_shape(lambda carry: step(carry, 0)[1], carry)
+  states, inputs, tokens = (jnp.zeros((n, *a.shape), a.dtype) for a in shapes)
+
+  def going(loop):
+    i, _, (_, _, tokens) = loop
+    ended_BP = jnp.any((tokens == stop) & (jnp.arange(n) < i)[:, None, None], axis=0)
+    return (i < n) & jnp.any(wanted_BP & ~ended_BP)
+
+  def body(loop):
+    i, carry, made = loop
+    carry, new = step(carry, i)
+    return i + 1, carry, jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, i, axis=0), made, new)
+
+  start = (jnp.zeros((), jnp.int32), carry, (states, inputs, jnp.full_like(tokens, stop)))
+  return jax.lax.while_loop(going, body, start)[1:]
+
+
+def block(decoder: Decoder, config, past: Seen, x_BCD, segments_BW, positions_BW, keys_B, wanted_B=None):
   """One block of a persistent stream: C real tokens at once, then the J slots of a thought one by one.
 
   Args:
     past: the cache of earlier blocks, mask [B, 1, W, S]. It is read and never changed.
     x_BCD: inputs of the real slots. segments_BW, positions_BW: documents (0 for empty slots) and rotary positions.
     keys_B: random keys of the thought, or None.
-    needed: bool scalar; when false, nobody thinks in this block and the think slots are left undefined. None: always.
+    wanted_B: bool, for decoding: who thinks. When nobody does, the think slots are left undefined, and a thought ends
+      when all who think have. None: always all n steps.
 
   Returns:
     (own cache [L, B, 1, W, K, E], hidden_BWD, inputs_BnD, tokens_Bn).
@@ -82,10 +116,13 @@ def block(decoder: Decoder, config, past: Seen, x_BCD, segments_BW, positions_BW
     seen = Seen(past.cache, past.mask_BPQS[:, :, -1:])
     keys_B1 = None if keys_B is None else keys_B[:, None]
     own = Seen(own, mask[:, :, -1:, :C])
-    hidden, inputs, tokens, own = think(decoder, config, anchor_B1D, positions_BW[:, None, C:], keys_B1, seen, own)
+    wanted_B1 = None if wanted_B is None else wanted_B[:, None]
+    hidden, inputs, tokens, own = think(
+      decoder, config, anchor_B1D, positions_BW[:, None, C:], keys_B1, seen, own, wanted_B1
+    )
     return own, jnp.concatenate([real_B1CD, hidden], axis=2)[:, 0], inputs[:, 0], tokens[:, 0]
 
-  if needed is None:
+  if wanted_B is None:
     return thinking(own)
   shapes = jax.eval_shape(thinking, own)
   skipped = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
@@ -93,11 +130,14 @@ def block(decoder: Decoder, config, past: Seen, x_BCD, segments_BW, positions_BW
   def skipping(own):
     return own, skipped[1].at[:, :C].set(real_B1CD[:, 0]), *skipped[2:]
 
-  return jax.lax.cond(needed, thinking, skipping, own)
+  return jax.lax.cond(jnp.any(wanted_B), thinking, skipping, own)
 
 
 def stream_serial(decoder, config, stream, x_BSD, keys_BN, N, C):
-  """The scan over blocks, against a cache of earlier blocks. Returns (hidden_BSD, Thoughts [B, N, ...], the cache)."""
+  """The scan over blocks, against a cache of earlier blocks.
+
+  Returns (hidden_BSD, Thoughts [B, N, ...], the stream with the ends of its thoughts, the cache).
+  """
   B, S, D = x_BSD.shape
   W = C + config.slots
   R = S // W
@@ -107,22 +147,29 @@ def stream_serial(decoder, config, stream, x_BSD, keys_BN, N, C):
   if keys_BN is not None:
     keys_RB = jnp.take_along_axis(keys_BN, jnp.minimum(anchor_RB, N - 1).T, axis=1).T
 
-  def body(cache, scanned):
+  def body(carry, scanned):
+    cache, segments_BS = carry
     r, x_BWD, segments_BW, positions_BW, keys_B = scanned
-    seen = topology.sees(segments_BW, stream.segments_BS, r * W + jnp.arange(W), jnp.arange(S))
+    seen = topology.sees(segments_BW, segments_BS, r * W + jnp.arange(W), jnp.arange(S))
     past = Seen(cache, seen & (jnp.arange(S) < r * W))
     own, hidden, inputs, tokens = block(decoder, config, past, x_BWD[:, :C], segments_BW, positions_BW, keys_B)
-    return write(cache, own, r * W), (hidden, inputs, tokens)
+    if config.may_stop:
+      over_BJ = jnp.arange(config.slots) > config.last(config.used(tokens, decoder.stop))[:, None]
+      left_BW = jnp.where(jnp.pad(over_BJ, ((0, 0), (C, 0))), 0, segments_BW)
+      segments_BS = jax.lax.dynamic_update_slice_in_dim(segments_BS, left_BW, r * W, axis=1)
+    return (write(cache, own, r * W), segments_BS), (hidden, inputs, tokens)
 
   scanned = (jnp.arange(R), *map(blocks, (x_BSD, stream.segments_BS, stream.positions_BS)), keys_RB)
-  cache, (hidden, inputs, tokens) = jax.lax.scan(body, empty_cache(decoder, B, S), scanned)
+  carry = (empty_cache(decoder, B, S), stream.segments_BS)
+  (cache, _), (hidden, inputs, tokens) = jax.lax.scan(body, carry, scanned)
   hidden_BSD = jnp.moveaxis(hidden, 0, 1).reshape(B, S, D)
   block_BN = jnp.minimum(stream.thought_BN // W, R - 1)
   inputs_BNJD, tokens_BNJ = (
     jnp.take_along_axis(jnp.moveaxis(a, 0, 1), block_BN.reshape(B, N, *[1] * (a.ndim - 2)), axis=1)
     for a in (inputs, tokens)
   )
-  return hidden_BSD, Thoughts(inputs_BNJD, tokens_BNJ), cache
+  stream = topology.end(stream, config.last(config.used(tokens_BNJ, decoder.stop)))
+  return hidden_BSD, Thoughts(inputs_BNJD, tokens_BNJ), stream, cache
 
 
 def empty_cache(decoder: Decoder, *slots: int) -> Cache:

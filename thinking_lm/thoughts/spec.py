@@ -24,7 +24,7 @@ class ThoughtConfig:
   delimiters: bool = option(False, "put the START and STOP rows around the think tokens")
   temperature: float = option(1.0, "of soft, gumbel and sampled tokens; sampled at 0 is the most likely token", low=0)
   top_k: int = option(0, "soft: keep only the k most likely tokens and renormalise; 0 keeps all", low=0)
-  halting: str = option("fixed", "WHEN: what ends a thought", choices=HALTING)
+  halting: str = option("fixed", "WHEN: fixed length, or where the thought draws STOP", choices=HALTING)
   samples: int = option(1, "G thoughts drawn per anchor (private) or streams per row (persistent)", low=1)
   lookahead: int = option(1, "m real tokens that make a thought's outcome; 0 is the rest of the document", low=0)
   rescore: bool = option(
@@ -48,6 +48,8 @@ class ThoughtConfig:
       found.append("placement 'explicit' needs positions, such as (3, 7)")
     if self.length and self.placement == "sentence" and not self.cap:
       found.append("placement 'sentence' needs a cap: shapes are static, and every token could end a sentence")
+    if self.length and kind and self.halting in HALTING and HALTING[self.halting].draws and not kind.policy:
+      found.append(f"halting {self.halting!r} needs kind 'sampled', which can draw STOP; got {self.kind!r}")
     if self.length and self.placement == "none":
       found.append("placement 'none' never thinks; set length 0 or another placement")
     return found
@@ -55,12 +57,30 @@ class ThoughtConfig:
   @property
   def slots(self) -> int:
     """J, the slots that one thought takes: its think tokens and the delimiters around them."""
-    return self.length + 2 * self.delimiters if self.length else 0
+    return self.opening + self.length + self.closing if self.length else 0
 
   @property
   def opening(self) -> int:
     """Slots of a thought before its first think token."""
     return int(self.delimiters)
+
+  @property
+  def closing(self) -> int:
+    """Slots of STOP at the end of a thought."""
+    return int(self.delimiters or self.may_stop)
+
+  @property
+  def may_stop(self) -> bool:
+    """Whether STOP is among the tokens that may be drawn."""
+    return HALTING[self.halting].draws
+
+  def used(self, tokens_Xn, stop: int):
+    """used_X, the think tokens of each thought before its end; `stop` is the STOP row."""
+    return HALTING[self.halting].used(tokens_Xn, stop)
+
+  def last(self, used_X):
+    """The last slot of a thought that uses so many think tokens: the one that its target is predicted from."""
+    return self.opening + used_X + self.closing - 1
 
   @property
   def kind_of(self):

@@ -23,14 +23,16 @@ ROTARY = ("advance", "anchor")
 class Stream(NamedTuple):
   """The persistent stream of a batch: R blocks of C real slots and J think slots, S = R (C + J).
 
-  token_BS: index into T of the real token at a slot; T where there is none. anchor_BS: index into N of the thought
-  that a think slot belongs to; N where there is none. step_S: think step 0 ... J - 1 of a slot, -1 for real slots.
-  segments_BS: document of a slot, 0 where the slot is empty. positions_BS: rotary positions. slot_BT: slot of each
-  real token. thought_BN: first slot of each thought (S where invalid). readout_BT: slot that predicts each target.
+  token_BS: index into T of the real token at a slot; T where there is none. anchor_BS, anchor_BT: index into N of the
+  thought that a think slot belongs to, or that follows a real token; N where there is none. step_S: think step
+  0 ... J - 1 of a slot, -1 for real slots. segments_BS: document of a slot, 0 where the slot is empty. positions_BS:
+  rotary positions. slot_BT: slot of each real token. thought_BN: first slot of each thought (S where invalid).
+  readout_BT: slot that predicts each target; as of `end`, once it is known where the thoughts end.
   """
 
   token_BS: jax.Array
   anchor_BS: jax.Array
+  anchor_BT: jax.Array
   step_S: jax.Array
   segments_BS: jax.Array
   positions_BS: jax.Array
@@ -79,10 +81,16 @@ def persistent(batch: Batch, layout: Layout, J: int, rotary: str) -> Stream:
     first_BT = jnp.take_along_axis(before_BT, jnp.maximum(index_T - positions_BT, 0), axis=1)
     positions_BT = positions_BT + J * (before_BT - first_BT)
   positions_BS = take(positions_BT, home_BS, 0) + (rotary == "advance") * (step_S + 1)
-  readout_BT = jnp.where(ends_BT, take(thought_BN, anchor_of_BT, S) + J - 1, slot_BT)
-  return Stream(
-    token_BS, anchor_BS, step_S, take(batch.segments_BT, home_BS, 0), positions_BS, slot_BT, thought_BN, readout_BT
-  )
+  segments_BS = take(batch.segments_BT, home_BS, 0)
+  return Stream(token_BS, anchor_BS, anchor_of_BT, step_S, segments_BS, positions_BS, slot_BT, thought_BN, slot_BT)
+
+
+def end(stream: Stream, last_BN) -> Stream:
+  """The stream whose thoughts end at slot `last_BN` of theirs: nothing sees what is behind, targets read out there."""
+  N, S = last_BN.shape[1], stream.token_BS.shape[1]
+  over_BS = stream.step_S > take(last_BN, stream.anchor_BS, S)
+  readout_BT = jnp.where(stream.anchor_BT < N, take(stream.thought_BN + last_BN, stream.anchor_BT, S), stream.slot_BT)
+  return stream._replace(segments_BS=jnp.where(over_BS, 0, stream.segments_BS), readout_BT=readout_BT)
 
 
 def sees(segments_BQ, segments_BS, slot_Q, slot_S):

@@ -1,0 +1,131 @@
+"""Thoughts that draw STOP: what is behind their end does not exist, and decoding does not compute it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from thinking_lm.model.decoder import Model, ModelConfig
+from thinking_lm.model.generate import Sampling, generate
+from thinking_lm.model.rollout import rollout
+from thinking_lm.thoughts.halting import fixed, stop
+from thinking_lm.thoughts.placement import place
+from thinking_lm.thoughts.spec import ThoughtConfig
+from thinking_lm.types import Batch, Thoughts, Vocabulary
+
+V, T = 4, 6
+STOP = V + 1
+VOCABULARY = Vocabulary(V, V - 1, np.ones(V, np.int32), np.zeros(V, np.int8))
+MODEL = Model(ModelConfig(layers=2, width=16, heads=2, kv_heads=1), V)
+
+
+@functools.cache
+def params():
+  return MODEL.init(jax.random.key(0))
+
+
+@functools.cache
+def batch():
+  random = np.random.default_rng(0)
+  tokens, targets = random.integers(V - 1, size=(2, 2, T))
+  ones = np.ones((2, T), np.int32)
+  return jax.tree.map(
+    jnp.asarray, Batch(tokens, targets, ones * 1.0, ones, np.arange(T) * ones, np.arange(2, dtype=np.uint32))
+  )
+
+
+def config(topology, length=3, **options):
+  values = dict(placement="stride", stride=2, kind="sampled", samples=2, halting="stop", topology=topology)
+  made = ThoughtConfig(length=length, **(values | options))
+  assert not made.faults()
+  return made
+
+
+def run(thought, given=None):
+  layout = lambda b: place(b, thought, VOCABULARY, aligned=0)
+  return jax.jit(lambda p, b: rollout(MODEL, thought, p, b, layout(b), jax.random.key(3), given))(params(), batch())
+
+
+def thoughts_of(tokens):
+  tokens = jnp.asarray(tokens, jnp.int32)
+  return Thoughts(MODEL.bind(params()).embed(tokens), tokens)
+
+
+def test_used_by_hand():
+  tokens = jnp.array([[0, STOP, 2], [STOP, STOP, 1], [1, 2, 0], [1, 2, STOP]])
+  np.testing.assert_array_equal(stop(tokens, STOP), [1, 0, 3, 2])
+  np.testing.assert_array_equal(fixed(tokens, STOP), [3, 3, 3, 3])
+
+
+@pytest.mark.parametrize("delimiters", [False, True])
+@pytest.mark.parametrize("topology,lookahead", [("persistent", 0), ("private", 1), ("private", 2)])
+def test_a_thought_that_stops_equals_a_shorter_one(topology, lookahead, delimiters):
+  """STOP after u tokens is what a fixed thought of u tokens with a closing STOP is, but for the policy's choice."""
+  options = dict(lookahead=lookahead, delimiters=delimiters, rotary="anchor")
+  random = np.random.default_rng(1)
+  short = random.integers(V, size=(2, 2, 3, 1))
+  after = random.integers(V, size=(2, 2, 3, 1))
+  long = np.concatenate([short, np.full_like(short, STOP), after], axis=-1)
+  got = run(config(topology, **options), thoughts_of(long))
+  if not delimiters:  # a fixed thought has a closing STOP only with delimiters: let it be a think token there
+    fixed_config, tokens = config(topology, length=2, halting="fixed", **options), long[..., :2]
+  else:
+    fixed_config, tokens = config(topology, length=1, halting="fixed", **options), short
+  expected = run(fixed_config, thoughts_of(tokens))
+  np.testing.assert_allclose(got.logp_BGT, expected.logp_BGT, rtol=2e-5, atol=1e-6)
+  np.testing.assert_allclose(got.outcome_BGN, expected.outcome_BGN, rtol=2e-5, atol=1e-6)
+  np.testing.assert_array_equal(got.used_BGN, 1)
+  other = np.concatenate([long[..., :2], (after + 1) % V], axis=-1)
+  again = run(config(topology, **options), thoughts_of(other))
+  for name in ("logp_BGT", "policy_logp_BGN", "entropy_BGN"):
+    np.testing.assert_array_equal(getattr(again, name), getattr(got, name))
+
+
+@pytest.mark.parametrize("topology", ["persistent", "private"])
+def test_drawing_equals_scoring(topology):
+  options = dict(temperature=5.0) | (dict(lookahead=2) if topology == "private" else {})
+  drawn = run(config(topology, rescore=False, **options))
+  scored = run(config(topology, **options))
+  np.testing.assert_array_equal(drawn.used_BGN, scored.used_BGN)
+  assert len(np.unique(drawn.used_BGN)) > 1, "thoughts of several lengths, or the test says nothing"
+  for name in ("logp_BGT", "policy_logp_BGN", "entropy_BGN", "outcome_BGN"):
+    np.testing.assert_allclose(getattr(drawn, name), getattr(scored, name), rtol=1e-4, atol=1e-5)
+
+
+def test_the_policy_of_all_thoughts_sums_to_one():
+  """All thoughts of at most 2 tokens over 4 tokens and STOP; what stands behind a STOP counts once."""
+  kinds = [(a, b) for a in (*range(V), STOP) for b in (*range(V), STOP) if a != STOP or b == STOP]
+  thought = config("private", length=2, placement="explicit", positions=(2,), cap=1, samples=len(kinds))
+  tokens = np.broadcast_to(np.array(kinds)[None, :, None], (2, len(kinds), 1, 2))
+  trace = run(thought, thoughts_of(tokens))
+  np.testing.assert_allclose(np.exp(trace.policy_logp_BGN).sum(axis=1), 1.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("topology", ["persistent", "private"])
+def test_decoding_stops_and_equals_the_rollout(topology):
+  thought = config(topology, samples=1, placement="every")
+  prompts = jax.tree.map(lambda a: a[:, :3] if a.ndim == 2 else a, batch())
+  X = 3
+  function = functools.partial(generate, MODEL, thought, vocabulary=VOCABULARY, sampling=Sampling(X))
+  made = jax.device_get(jax.jit(function)(params(), prompts, key=jax.random.key(5)))
+  used = (made.thoughts_BXn >= 0).sum(axis=-1)
+  assert (made.thoughts_BXn < V).all() and len(np.unique(used[made.thought_BX])) > 1
+  if topology == "persistent":
+    return  # its first thoughts stand in the prompt and are not returned
+  tokens = np.concatenate([prompts.tokens_BT, made.tokens_BX], axis=1)
+  drawn = np.full((2, 1, T, 3), STOP, np.int32)
+  drawn[:, 0, 2 : 2 + X] = np.where(made.thoughts_BXn < 0, STOP, made.thoughts_BXn)
+  whole = batch().replace(tokens_BT=jnp.asarray(tokens), targets_BT=jnp.roll(jnp.asarray(tokens), -1, axis=1))
+  trace = rollout(
+    MODEL, thought, params(), whole, place(whole, thought, VOCABULARY, aligned=0), jax.random.key(0), thoughts_of(drawn)
+  )
+  np.testing.assert_allclose(
+    made.logp_BX[made.thought_BX], np.asarray(trace.logp_BGT[:, 0, 2 : 2 + X])[made.thought_BX], rtol=1e-4, atol=1e-5
+  )
+
+
+def test_only_what_can_draw_stop_may_halt():
+  (line,) = ThoughtConfig(length=1, kind="latent", halting="stop").faults()
+  assert "needs kind 'sampled'" in line
