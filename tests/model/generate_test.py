@@ -19,6 +19,7 @@ VOCABULARY = Vocabulary(V, BORDER, np.ones(V, np.int32), np.array([0, 1, 2, 3, 0
 MODEL = Model(ModelConfig(layers=2, width=16, heads=2, kv_heads=1), V)
 PROMPTS = [[5, 1, 2, 0], [5, 3], [5]]
 X = 5
+SAMPLING = Sampling(X)
 
 
 @functools.cache
@@ -38,7 +39,7 @@ def rows(texts, targets_from=None):
   return jax.tree.map(jnp.asarray, Batch(tokens, targets, segments * 1.0, segments, positions, ids))
 
 
-def decode(config, sampling=Sampling(X), prompts=PROMPTS, seed=7):
+def decode(config, sampling=SAMPLING, prompts=PROMPTS, seed=7):
   function = functools.partial(generate, MODEL, config, vocabulary=VOCABULARY, sampling=sampling)
   return jax.tree.map(np.asarray, jax.jit(function)(params(), rows(prompts), key=jax.random.key(seed)))
 

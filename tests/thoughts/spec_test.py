@@ -19,6 +19,8 @@ from thinking_lm.thoughts.topology import TOPOLOGIES
     (dict(topology="private", lookahead=0), "lookahead 0 (the rest of the document) needs topology 'persistent'"),
     (dict(kind="soft", temperature=0.0), "kind 'soft' needs a temperature above 0"),
     (dict(kind="gumbel", temperature=0.0), "kind 'gumbel' needs a temperature above 0"),
+    (dict(temperature=1e-9), "is neither 0 (the most likely token) nor at least 0.001"),
+    (dict(kind="latent", length=1, halting="stop"), "needs kind 'sampled', which can draw STOP"),
     (dict(placement="explicit"), "placement 'explicit' needs positions"),
     (dict(placement="sentence", length=1), "placement 'sentence' needs a cap"),
     (dict(placement="none", length=1), "placement 'none' never thinks"),

@@ -44,6 +44,8 @@ class ThoughtConfig:
       )
     if self.kind in ("soft", "gumbel") and self.temperature == 0:
       found.append(f"kind {self.kind!r} needs a temperature above 0; a very small one is nearly hard")
+    if 0 < self.temperature < 1e-3:
+      found.append(f"temperature {self.temperature} is neither 0 (the most likely token) nor at least 0.001")
     if self.placement == "explicit" and not self.positions:
       found.append("placement 'explicit' needs positions, such as (3, 7)")
     if self.length and self.placement == "sentence" and not self.cap:

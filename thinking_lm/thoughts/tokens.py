@@ -33,7 +33,7 @@ def soft(model, hidden_XD, keys_X, config):
   del keys_X
   logits_XV = model.logits(hidden_XD)
   if config.top_k:
-    smallest = jax.lax.top_k(logits_XV, config.top_k)[0][..., -1:]
+    smallest = jax.lax.top_k(logits_XV, min(config.top_k, logits_XV.shape[-1]))[0][..., -1:]
     logits_XV = jnp.where(logits_XV >= smallest, logits_XV, -1e30)
   weights_XV = jax.nn.softmax(logits_XV / config.temperature).astype(hidden_XD.dtype)
   return model.mix(weights_XV), jnp.argmax(logits_XV, axis=-1)
