@@ -13,7 +13,7 @@ from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.types import Batch, Layout, Thoughts
 
 V = 3
-TOKENS, TARGETS = np.array([2, 0, 1, 0, 2, 1, 0]), np.array([0, 1, 1, 2, 1, 0, 0])
+TOKENS, TARGETS = np.array([2, 0, 1, 0, 2, 1, 0]), np.array([0, 1, 0, 2, 1, 0, 0])
 SEGMENTS, POSITIONS = np.array([1, 1, 1, 1, 2, 2, 0]), np.array([0, 1, 2, 3, 0, 1, 0])
 WEIGHTS = np.array([1, 1, 0, 1, 1, 1, 0], np.float32)
 ANCHORS = (1, 3, 4)
