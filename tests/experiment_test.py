@@ -152,6 +152,12 @@ RULES = [
     "a greedy thought has no gradient",
   ),
   ({"objective.base_weight": 1.0}, "there is no pass without"),
+  ({"objective.base_weight": 1.0, "thought.topology": "private"}, "without thoughts nll_weight weighs the same"),
+  ({"objective.price": 0.5}, "score_weight is 0"),
+  ({"thought.length": 1, "thought.placement": "stride", "thought.stride": 500}, "no thought fits into rows"),
+  ({"thought.length": 1, "thought.kind": "sampled", "thought.temperature": 0.0, "thought.samples": 2}, "would all be"),
+  ({"thought.top_k": 3}, "top_k is read by kind 'soft' only"),
+  ({"thought.temperature": -1.0, "train.steps": 30, "optimizer.warmup_steps": 40}, "do not fit into train.steps 30"),
 ]
 
 

@@ -68,7 +68,6 @@ def parse(cls: type, mapping: Mapping[str, Any]):
 def _parse(cls, mapping, path, faults):
   fields = {field.name: field for field in dataclasses.fields(cls)}
   hints = typing.get_type_hints(cls)
-  before = len(faults)
   for key in mapping:
     if key not in fields:
       near = difflib.get_close_matches(key, fields, n=1)
@@ -85,9 +84,10 @@ def _parse(cls, mapping, path, faults):
       else:
         faults.append(f"{where} must be a section, got {value!r}")
     else:
-      values[name] = _check(value, hints[name], field.metadata, where, faults)
-  if len(faults) > before:
-    return None
+      before = len(faults)
+      checked = _check(value, hints[name], field.metadata, where, faults)
+      if len(faults) == before:  # else the default stands in, so that the rules across fields are looked at too
+        values[name] = checked
   section = cls(**values)
   if hasattr(section, "faults"):
     faults.extend(f"{path}: {line}" for line in section.faults())

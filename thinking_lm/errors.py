@@ -63,11 +63,19 @@ class ConfigError(ThinkingLMError):
     super().__init__("\n".join(self.faults))
 
 
+def _tell(error: ThinkingLMError) -> int:
+  for line in str(error).splitlines():
+    print(f"error: {line}", file=sys.stderr, flush=True)
+  return error.exit_code
+
+
 def _parse_flags(argv: Sequence[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
     reason = str(error)
+  except ThinkingLMError as error:  # of a config file, which is run while flags are parsed
+    sys.exit(_tell(error))
   except (AttributeError, KeyError) as error:
     # ml_collections raises these for a --config.key that does not exist; from anywhere else they are a defect.
     innermost = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
@@ -92,8 +100,6 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
         raise UsageError(f"unexpected argument {argv[1]!r}; options start with --, see --help")
       main(argv)
     except ThinkingLMError as error:
-      for line in str(error).splitlines():
-        print(f"error: {line}", file=sys.stderr, flush=True)
-      sys.exit(error.exit_code)
+      sys.exit(_tell(error))
 
   app.run(guarded, flags_parser=_parse_flags)

@@ -23,10 +23,8 @@ import datetime
 import functools
 import shlex
 import sys
-import time
 from typing import Any
 
-import tqdm
 from absl import flags
 
 from thinking_lm import errors
@@ -42,29 +40,6 @@ _AVERAGED = flags.DEFINE_bool("averaged", False, "The moving average of the para
 _POSITIONS = flags.DEFINE_bool("positions", False, "Also print accuracy by position, for tasks that label every token.")
 _GENERATE = flags.DEFINE_bool("generate", True, "Also score greedily generated answers, for tasks that ask for text.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the thoughts that are drawn.", lower_bound=0, upper_bound=2**32 - 1)
-
-SECONDS_BETWEEN_LINES = 10.0
-
-
-class Progress:
-  """A bar on a terminal, else a line every few seconds, on stderr: rows done of all, and time left."""
-
-  def __init__(self):
-    self._start = self._printed = time.monotonic()
-    self._bar = None
-
-  def __call__(self, done: int, total: int) -> None:
-    """`done` of `total` rows are finished."""
-    if sys.stderr.isatty():
-      if self._bar is None:
-        self._bar = tqdm.tqdm(total=total, unit="row", desc="evaluate", file=sys.stderr)
-      self._bar.update(done - self._bar.n)
-      if done >= total:
-        self._bar.close()
-    elif time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
-      self._printed = time.monotonic()
-      left = (self._printed - self._start) / done * (total - done)
-      print(f"evaluate: {done}/{total} rows, {left:.0f} s left", file=sys.stderr, flush=True)
 
 
 def _samples() -> tuple[int, ...]:
@@ -96,6 +71,7 @@ def main(argv) -> None:
   samples = _check()
   from thinking_lm import experiment
   from thinking_lm.evaluation import evaluators, summary
+  from thinking_lm.evaluation.progress import Progress
   from thinking_lm.training import mesh as mesh_lib
   from thinking_lm.training import state, workdir
 

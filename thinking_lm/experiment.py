@@ -29,7 +29,7 @@ from thinking_lm.model.rollout import rollout
 from thinking_lm.objectives.advantages import ADVANTAGES
 from thinking_lm.objectives.objective import ObjectiveConfig, objective, volume
 from thinking_lm.objectives.rewards import REWARDS
-from thinking_lm.thoughts.placement import place
+from thinking_lm.thoughts.placement import PLACEMENTS, capacity, place
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.training.checkpoint import CheckpointConfig, read_params
 from thinking_lm.training.loop import Run, TrainConfig
@@ -59,8 +59,9 @@ class ExperimentConfig:
     thought, goal = self.thought, self.objective
     found = schedule_faults(self.optimizer, self.train.steps)
     found += _objective_faults(goal, thought)
-    if thought.rotary == "advance" and thought.positions and max(thought.positions) >= self.data.sequence_length > 0:
-      found.append(f"thought.positions reach {max(thought.positions)}, past data.sequence_length")
+    T = self.data.sequence_length
+    if thought.length and T and thought.placement in PLACEMENTS and not thought.faults() and not capacity(thought, T):
+      found.append(f"no thought fits into rows of data.sequence_length {T}: a smaller thought.stride or position does")
     return found
 
 
@@ -79,6 +80,10 @@ def _objective_faults(goal: ObjectiveConfig, thought: ThoughtConfig) -> list[str
     found.append(
       f"objective.advantage {goal.advantage!r} needs thought.samples of at least {needs}, got {thought.samples}"
     )
+  if goal.base_weight and not thought.length:
+    found.append("objective.base_weight needs thought.length above 0: without thoughts nll_weight weighs the same")
+  if goal.price and not goal.score_weight:
+    found.append("objective.price is paid by the policy gradient, whose objective.score_weight is 0")
   if thought.topology != "private":
     absent = "needs thought.topology 'private': with 'persistent' there is no pass without thoughts"
     if goal.base_weight:
@@ -112,11 +117,10 @@ def parse(values: Mapping[str, Any], here: bool = False) -> ExperimentConfig:
     faults += error.faults
   if here:
     try:
-      mesh, train = (
-        config_lib.parse(cls, values[name]) for cls, name in ((MeshConfig, "mesh"), (TrainConfig, "train"))
-      )
+      sections = ((MeshConfig, "mesh"), (TrainConfig, "train"))
+      mesh, train = (config_lib.parse(cls, values.get(name, {})) for cls, name in sections)
       faults += device_faults(mesh, train.batch_size, train.accumulation, jax.device_count(), jax.process_count())
-    except ConfigError:
+    except (ConfigError, TypeError):
       assert faults, "these sections' faults are in the list already"
   if faults:
     raise ConfigError(faults)
@@ -132,7 +136,7 @@ class Experiment:
   """The parts of a run, as plain objects and pure functions.
 
   init: key -> params. axes: logical axis names of every parameter. place: batch -> Layout.
-  rollout: (params, batch, layout, key, given=None) -> Trace.
+  rollout: (params, batch, key, given=None, thought=None) -> Trace.
   loss_fn: (params, batch, key) -> (loss summed over targets, metrics).
   """
 

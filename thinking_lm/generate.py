@@ -69,11 +69,9 @@ def main(argv) -> None:
   for row, prompt in enumerate(prompts):
     print(f"--- {row + 1} of {len(prompts)}: {display.inline(prompt) or '(a fresh document)'}")
     print(display.continuation(tokenizer, made, row, shown, sys.stdout.isatty()))
-  drawn, thoughts = int(made.length_B.sum()), int(made.thought_BX.sum())
+  drawn, thought = int(made.length_B.sum()), int((made.thoughts_BXn >= 0).sum())
   print(
-    f"--- step {step}: {drawn} real tokens, {thoughts * subject.config.thought.length} think tokens, {seconds:.1f} s "
-    "with compilation",
-    file=sys.stderr,
+    f"--- step {step}: {drawn} real tokens, {thought} think tokens, {seconds:.1f} s with compilation", file=sys.stderr
   )
   if _OUTPUT.value:
     _write(prompts, made, tokenizer)

@@ -80,29 +80,33 @@ def configure(part: str, arm: Arm, seed: int):
 def run(part: str, arm: Arm, seed: int, directory: pathlib.Path) -> dict[str, Any]:
   """Trains and evaluates one arm, or reads what an earlier call found. Returns a row of the table."""
   from thinking_lm.evaluation import evaluators, summary
-  from thinking_lm.training import loop, state, storage
+  from thinking_lm.evaluation.progress import Progress
+  from thinking_lm.training import loop, state, storage, workdir
 
   result = directory / "result.json"
   built, flops = configure(part, arm, seed)
-  steps = built.config.train.steps
+  steps, job = built.config.train.steps, built.run()
+  made_by = storage.sha256(storage.canonical(dict(config=job.resolved_config, code=workdir.code_version()["source"])))
   if result.exists():
     row = json.loads(result.read_text())
-    if row["steps"] == steps:
+    if row["made_by"] == made_by:
       return row
-  began = time.monotonic()
-  params = loop.train(built.run(), str(directory)).params
-  seconds = time.monotonic() - began
-  found = evaluators.evaluate(built, params, "test", key=state.key(seed, "evaluate"), batch_size=64)
+  began, resumed = time.monotonic(), (directory / "status.json").exists()
+  params = loop.train(job, str(directory)).params
+  seconds = None if resumed else time.monotonic() - began
+  key = state.key(seed, "evaluate")
+  found = evaluators.evaluate(built, params, "test", key=key, batch_size=64, progress=Progress())
   task = built.data.task
   values = summary.summarise(found, tagging=task is not None, task=task is not None)
   row = dict(
+    made_by=made_by,
     arm=arm.name,
     seed=seed,
     steps=steps,
     parameters=sum(leaf.size for leaf in _leaves(params)),
     flops=flops * steps,
     seconds=seconds,
-    thoughts_per_token=values["think_tokens"] / values["real_tokens"],
+    think_per_real=values["think_tokens"] / values["real_tokens"],
     **{name: values["arms"][values["reference"]][name] for name in ("bits_per_byte", "accuracy")},
     without={name: arm["minus_reference"] for name, arm in values["arms"].items() if name != values["reference"]},
   )
@@ -117,15 +121,21 @@ def _leaves(tree) -> list:
 
 
 def table(part: str, rows: list[Mapping[str, Any]]) -> str:
-  """What each arm reached on the test split and what it cost. Intervals are over test rows, one line for each seed."""
+  """What each arm reached on the test split and what it cost: one line for each seed, intervals over test rows, and no
+  seconds where a run was resumed.
+  """
   from thinking_lm.evaluation import summary
 
   measure = "accuracy" if part == "word_problem" else "bits_per_byte"
   base = rows[0]
   lines = [("arm", "seed", measure, "parameters", "steps", "think/real", "FLOPs", "x none", "seconds")]
   for row in rows:
-    cost = (f"{row['flops']:.2e}", f"{row['flops'] / base['flops']:.2f}", f"{row['seconds']:.0f}")
-    size = (f"{row['parameters']:,}", str(row["steps"]), f"{row['thoughts_per_token']:.3f}")
+    cost = (
+      f"{row['flops']:.2e}",
+      f"{row['flops'] / base['flops']:.2f}",
+      "-" if row["seconds"] is None else f"{row['seconds']:.0f}",
+    )
+    size = (f"{row['parameters']:,}", str(row["steps"]), f"{row['think_per_real']:.3f}")
     lines.append((row["arm"], str(row["seed"]), summary.text(row[measure]), *size, *cost))
   notes = []
   for row in rows:

@@ -49,7 +49,10 @@ def main(argv) -> None:
       logging.warning("data: %d %s", count, name.replace("_", " "))
   loop.train(built.run(), _WORKDIR.value)
   path = workdir.resolve(_WORKDIR.value)
-  print(f"checkpoints: {path / 'checkpoints'}\nmetrics: {path / 'metrics.jsonl'}\ntensorboard: {path / 'tensorboard'}")
+  places = dict(checkpoints="checkpoints", metrics="metrics.jsonl", tensorboard="tensorboard")
+  for name, place in places.items():
+    if (path / place).exists():
+      print(f"{name}: {path / place}")
 
 
 def _help() -> str:

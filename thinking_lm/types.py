@@ -43,7 +43,7 @@ class Batch:
   targets_BT: int32, what position t must predict: usually the next token, for a tagging task the label at t.
   weights_BT: float32, weight of that prediction in every loss and metric (0 where there is nothing to predict).
   segments_BT: int32 document number within the row, from 1; 0 is padding. Attention never crosses documents.
-  positions_BT: int32 position within the document, from 0.
+  positions_BT: int32 position within the document, or within its piece where a row cuts it, from 0.
   ids_B: uint32 global example index (step * global_batch + row): random keys derive from it, so that the numbers do
     not depend on how rows are spread over micro-batches, devices or hosts.
   """

@@ -18,7 +18,8 @@ class Ledger:
 
   base: layers over the real tokens. think: layers over think slots and look-ahead. readout: the head, for targets and
   for the log-probabilities of drawn thoughts. draw: making think tokens (logits and mixtures), and for rescored kinds
-  the whole drawing pass. backward: the gradient, recomputation included; 0 for a forward pass.
+  the whole drawing pass. backward: the gradient, with what remat "full" and the head
+    recompute (not the attention scores that "dots" recomputes); 0 for a forward pass.
   """
 
   base: float
@@ -41,7 +42,7 @@ class Ledger:
 def layer_flops(model: ModelConfig, queries: float, keys: float) -> float:
   """All layers over so many queries, each of which scores `keys` keys."""
   D, E = model.width, model.resolved_head_width
-  weights = D * E * (2 * model.heads + 2 * model.kv_heads) + 3 * D * model.resolved_mlp_width
+  weights = D * E * (2 * model.heads + 2 * model.resolved_kv_heads) + 3 * D * model.resolved_mlp_width
   return model.layers * queries * (2 * weights + 4 * model.heads * E * keys)
 
 
@@ -52,12 +53,12 @@ def ledger(
 
   Args:
     aligned: as of `placement.place`; decides how many slots a persistent stream has.
-    gradient: with a backward pass: twice the forward products, and the recomputation that `model.remat` asks for.
+    gradient: with a backward pass: twice the forward products, and recomputation.
   """
   N = capacity(thought, T)
   rows = -(-(vocabulary_size + 3) // model.vocabulary_multiple) * model.vocabulary_multiple
   head = 2.0 * model.width * rows
-  if not thought.length:
+  if not N:
     return _with_backward(Ledger(layer_flops(model, T, T), 0.0, T * head, 0.0), model, gradient, 0.0)
   G, J, n = thought.samples, thought.slots, thought.length
   C, R = blocks(thought, T, N, aligned)
@@ -69,7 +70,8 @@ def ledger(
   if thought.topology == "private":
     A = thought.lookahead - 1
     base = layer_flops(model, T, T)
-    serial = G * N * (layer_flops(model, J, T + J + 1) + (layer_flops(model, A, T + J + A) if A else 0.0))
+    serial = G * N * layer_flops(model, J, T + J + 1)
+    ahead = G * N * layer_flops(model, A, T + J + A) if A else 0.0
     parallel = G * N * layer_flops(model, J + A, T + J + A)
     readout = T * head + G * N * (A + 1) * head
     base_serial, shared, makes = base, base, G * N * n
@@ -78,7 +80,7 @@ def ledger(
     base_serial = G * layer_flops(model, R * C, S + C)
     serial = G * layer_flops(model, R * J, S + W + 1)
     parallel = G * layer_flops(model, R * J, S)
-    shared, readout, makes = 0.0, G * T * head, G * R * n
+    ahead, shared, readout, makes = 0.0, 0.0, G * T * head, G * R * n
   if kind.policy:
     readout += G * N * n * head
   if not kind.serial:
@@ -87,7 +89,7 @@ def ledger(
   if kind.policy and thought.rescore:
     once = base_serial - shared + serial + draw  # a private prefix serves drawing and scoring
     return _with_backward(Ledger(base, parallel, readout, once), model, gradient, once)
-  return _with_backward(Ledger(base_serial, serial, readout, draw), model, gradient, 0.0)
+  return _with_backward(Ledger(base_serial, serial + ahead, readout, draw), model, gradient, 0.0)
 
 
 def _with_backward(forward: Ledger, model: ModelConfig, gradient: bool, untouched: float) -> Ledger:

@@ -3,6 +3,7 @@ r"""The one way out for text that a model wrote or a data set holds: nothing in 
 Model output is untrusted. What is not printable becomes its escape (`\x1b`), bytes that are no UTF-8 become U+FFFD.
 """
 
+import codecs
 import unicodedata
 from collections.abc import Sequence
 
@@ -35,12 +36,14 @@ def continuation(tokenizer, generation: Generation, row: int, thoughts: bool, co
   if not thoughts:
     return safe(tokenizer.decode(tokens[:length]))
   opening, closing = ("\x1b[2m⟨", "⟩\x1b[0m") if colour else ("⟨", "⟩")
-  pieces = []
+  pieces, characters, before = [], codecs.getincrementaldecoder("utf-8")("replace"), b""
   for i in range(min(length + 1, len(tokens))):
     if generation.thought_BX[row, i]:
       pieces.append(opening + inline(_words(tokenizer, generation.thoughts_BXn[row, i])) + closing)
     if i < length:
-      pieces.append(safe(tokenizer.decode(tokens[i : i + 1])))
+      after = tokenizer.decode(tokens[: i + 1])  # what a token adds can depend on those before it
+      pieces.append(safe(characters.decode(after[len(before) :]).encode()))
+      before = after
   return "".join(pieces)
 
 

@@ -32,7 +32,7 @@ class ModelConfig:
   layers: int = option(2, "number of layers", low=1)
   width: int = option(128, "width D of the residual stream", low=2)
   heads: int = option(4, "query heads H", low=1)
-  kv_heads: int = option(4, "key-value heads K (grouped-query attention when fewer than heads)", low=1)
+  kv_heads: int = option(0, "key-value heads K (grouped-query attention when fewer than heads); 0 means heads", low=0)
   head_width: int = option(0, "width E of a head; 0 means width / heads", low=0)
   mlp_width: int = option(0, "width F of the SwiGLU MLP; 0 means 8/3 width, rounded up to a multiple of 32", low=0)
   qk_norm: bool = option(False, "RMSNorm on queries and keys of each head (arXiv:2302.05442)")
@@ -53,7 +53,7 @@ class ModelConfig:
     found = []
     if self.head_width == 0 and self.width % self.heads:
       found.append(f"width {self.width} does not divide into {self.heads} heads; set head_width or change either")
-    if self.heads % self.kv_heads:
+    if self.heads % self.resolved_kv_heads:
       found.append(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
     if self.resolved_head_width % 2:
       found.append(f"a head must have an even width for rotary positions, got {self.resolved_head_width}")
@@ -63,6 +63,11 @@ class ModelConfig:
   def resolved_head_width(self) -> int:
     """E."""
     return self.head_width or self.width // self.heads
+
+  @property
+  def resolved_kv_heads(self) -> int:
+    """K."""
+    return self.kv_heads or self.heads
 
   @property
   def resolved_mlp_width(self) -> int:
@@ -90,7 +95,7 @@ class Layer(nnx.Module):
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.config = config
     D, F, E = config.width, config.resolved_mlp_width, config.resolved_head_width
-    H, K = config.heads, config.kv_heads
+    H, K = config.heads, config.resolved_kv_heads
     out_scale = (2 * config.layers) ** -0.5
     self.attention_norm = RMSNorm(D, "embed")
     self.query = parameter(rngs, (D, H * E), ("embed", "heads"), D**-0.5)

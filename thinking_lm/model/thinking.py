@@ -96,7 +96,7 @@ def block(decoder: Decoder, config, past: Seen, x_BCD, segments_BW, positions_BW
     past: the cache of earlier blocks, mask [B, 1, W, S]. It is read and never changed.
     x_BCD: inputs of the real slots. segments_BW, positions_BW: documents (0 for empty slots) and rotary positions.
     keys_B: random keys of the thought, or None.
-    wanted_B: bool, for decoding: who thinks. When nobody does, the think slots are left undefined, and a thought ends
+    wanted_B: bool, for decoding: who thinks. When nobody does, the think slots are zeros, and a thought ends
       when all who think have. None: always all n steps.
 
   Returns:
@@ -175,7 +175,7 @@ def stream_serial(decoder, config, stream, x_BSD, keys_BN, N, C):
 def empty_cache(decoder: Decoder, *slots: int) -> Cache:
   """A cache [L, *slots, K, E] that nothing has been written to."""
   c = decoder.config
-  shape = (c.layers, *slots, c.kv_heads, c.resolved_head_width)
+  shape = (c.layers, *slots, c.resolved_kv_heads, c.resolved_head_width)
   return Cache(*(jnp.zeros(shape, DTYPES[c.compute_dtype]) for _ in range(2)))
 
 

@@ -1,8 +1,8 @@
 """WHERE thoughts go: batch -> Layout. No parameters, and causal: whether to think after t depends on tokens <= t only.
 
 Each rule is a pure function that marks the tokens to think after; `place` turns the marks into a Layout of static
-shape. Positions are counted per document, so that a document is thought about in the same way wherever it stands in a
-packed row, and in generation.
+shape. Positions are counted per document, or per piece where a row cuts one, so that it is thought about in the same
+way wherever it stands in a packed row. A cap counts over the whole row.
 """
 
 import jax

@@ -18,7 +18,7 @@ class ThoughtConfig:
   positions: tuple[int, ...] = option((), "placement=explicit: think after these positions of each document", low=0)
   cap: int = option(0, "most thoughts in a row, the first ones; 0 means as many as fit (sentence needs a cap)", low=0)
   topology: str = option("persistent", "WHICH: who sees a thought", choices=TOPOLOGIES)
-  rotary: str = option("advance", "rotary positions: thoughts advance them, or share their anchor's", choices=ROTARY)
+  rotary: str = option("anchor", "rotary positions: thoughts advance them, or share their anchor's", choices=ROTARY)
   kind: str = option("latent", "WHAT: the kind of a think token", choices=KINDS)
   length: int = option(0, "n think tokens in a thought, START and STOP not counted; 0 is the plain decoder", low=0)
   delimiters: bool = option(False, "put the START and STOP rows around the think tokens")
@@ -37,6 +37,10 @@ class ThoughtConfig:
     kind = KINDS.get(self.kind)
     if self.length and kind and not kind.stochastic and self.samples > 1:
       found.append(f"samples {self.samples} of kind {self.kind!r} would all be equal: it draws nothing; use samples 1")
+    if self.length and kind and kind.policy and not self.temperature and self.samples > 1:
+      found.append(f"samples {self.samples} at temperature 0 would all be equal; use samples 1")
+    if self.top_k and self.kind != "soft":
+      found.append(f"top_k is read by kind 'soft' only, got kind {self.kind!r}")
     if self.topology == "private" and self.lookahead == 0:
       found.append(
         "lookahead 0 (the rest of the document) needs topology 'persistent': a private thought is seen by "

@@ -31,12 +31,22 @@ FREE_KEYS = (
   "train.tensorboard",
   "train.accumulation",
   "train.distributed",
+  "data.input",
+  "data.validation_input",
+  "data.test_input",
+  "data.tokenizer",
+  "data.memory_limit_mb",
+  "data.verify",
+  "data.threads",
+  "data.prefetch",
+  "data.workers",
   "checkpoint.",
   "evaluation.",
   "mesh.",
 )
 """Config keys, or whole sections, that may change when a run is continued: they do not change what is computed, apart
-from how long, and from rounding when the devices or micro-batches differ."""
+from how long, and from rounding when the devices or micro-batches differ. Where the data lies may change, what it says
+may not: every checkpoint holds the data's digest."""
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ml-collections", "etils")
 
