@@ -2,7 +2,7 @@
 
 Purpose: the main job at the smallest size; bring your own text with --config.data.source=text --config.data.input=GLOB.
 Command: python -m thinking_lm.train --config=configs/text.py[:RECIPE] --workdir=runs/text
-Measured: see "Quickstart" in BUILD_NOTES.md.
+Measured: see "Text: a null" in BUILD_NOTES.md.
 """
 
 from thinking_lm import experiment, recipes

@@ -43,7 +43,9 @@ def params():
 def enumerated(case, G):
   """(trace, pull) of a batch that has every tuple of G thoughts as a row; pull: cotangents of FIELDS -> gradient."""
   topology, lookahead, n, anchors = CASES[case]
-  config = ThoughtConfig(kind="sampled", length=n, topology=topology, lookahead=lookahead, samples=G, temperature=0.8)
+  config = ThoughtConfig(
+    kind="sampled", length=n, topology=topology, lookahead=lookahead, samples=G, temperature=0.8, rotary="advance"
+  )
   N = len(anchors)
   one = np.array(list(itertools.product(range(V), repeat=N * n))).reshape(-1, N, n)
   tuples = np.array(list(itertools.product(range(len(one)), repeat=G)))

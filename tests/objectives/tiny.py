@@ -26,6 +26,7 @@ MODEL = Model(ModelConfig(layers=1, width=8, heads=2, kv_heads=1, mlp_width=8), 
 
 def thought(topology) -> ThoughtConfig:
   return ThoughtConfig(
+    rotary="advance",
     **dict(kind="sampled", length=1, placement="explicit", positions=(0,), samples=len(EVERY)),
     **dict(topology=topology, lookahead=LOOKAHEAD[topology]),
   )
