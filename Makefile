@@ -19,10 +19,10 @@ quickstart: .venv/.installed  ## the main job: what thinking buys, in one table 
 	.venv/bin/python -m thinking_lm.quickstart $(ARGS)
 
 test: .venv/.installed  ## run every test
-	$(PYTEST) .venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+	$(PYTEST) .venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-latest: .venv-latest/.installed  ## the same on Python 3.12 with the newest JAX
-	$(PYTEST) .venv-latest/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+	$(PYTEST) .venv-latest/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: .venv/.installed  ## check style and format
 	.venv/bin/python -m ruff check .
