@@ -7,6 +7,7 @@ Everything is float64 if the caller says `jax.enable_x64(True)`, and differentia
 Only the parameter dictionary and the config sections are taken from the package.
 """
 
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -106,7 +107,9 @@ def mean_embedding(params, config, weight_V):
 
 
 def think_token(params, config, thought, V, hidden_D, token, noise_V):
-  """(input, id) of a think token after a hidden state. token: the drawn one. noise_V: the drawn Gumbel noise."""
+  """(input, id) of a think token after a hidden state. token: the drawn one. noise_V: the drawn noise (D numbers for
+  `noisy`).
+  """
   if thought.kind == "pause":
     return embedding(params, config, V + 2), -1
   if thought.kind == "latent":
@@ -114,11 +117,15 @@ def think_token(params, config, thought, V, hidden_D, token, noise_V):
   if thought.kind == "sampled":
     return embedding(params, config, token), token
   z_V = logits(params, config, V, hidden_D)
-  if thought.kind == "soft":
+  if thought.kind in ("soft", "noisy"):
     best = np.argsort(-np.asarray(jax.lax.stop_gradient(z_V)))
     kept_V = np.isin(np.arange(V), best[: thought.top_k or V])
     weight_V = jnp.where(kept_V, jnp.exp(z_V / thought.temperature), 0.0)
-    return mean_embedding(params, config, weight_V / weight_V.sum()), best[0]
+    mean_D = mean_embedding(params, config, weight_V / weight_V.sum())
+    if thought.kind == "soft":
+      return mean_D, best[0]
+    x_D = mean_D + thought.noise * noise_V
+    return (jax.lax.stop_gradient(x_D) if thought.rescore else x_D), best[0]
   assert thought.kind == "gumbel"
   perturbed_V = z_V + noise_V
   relaxed_V = jnp.exp(log_softmax(perturbed_V / thought.temperature))
@@ -147,7 +154,7 @@ def run(params, config, thought, V, slots, drawn, noise):
   inputs, tokens, hidden_SD = [], [], None
   for s, slot in enumerate(slots):
     if slot.what == "think":
-      if thought.kind in ("latent", "soft", "gumbel"):
+      if thought.kind in ("latent", "soft", "noisy", "gumbel"):
         hidden_SD = decode(params, config, x_SD, positions_S, sees_SS)  # later slots are still empty, and not seen
       step = len(inputs)
       before = None if hidden_SD is None else hidden_SD[s - 1]
@@ -170,8 +177,21 @@ def thought_slots(thought, document, anchor_position):
   return [Slot(name, -1, document, anchor_position + (j + 1) * advance) for j, name in enumerate(names)]
 
 
-def policy(params, config, thought, V, hidden_SD, first, tokens):
-  """(log pi of the tokens that were drawn at slots first, first + 1, ..., mean entropy)."""
+def density(params, config, thought, V, hidden_SD, first, inputs):
+  """(log-density of the inputs at slots first, first + 1, ..., mean entropy): Gaussians around soft tokens."""
+  soft = dataclasses.replace(thought, kind="soft")
+  one = lambda x_D, mean_D: (
+    -jnp.sum((x_D - mean_D) ** 2 / (2 * thought.noise**2) + math.log(thought.noise * math.sqrt(2 * math.pi)))
+  )
+  means = [think_token(params, config, soft, V, hidden_SD[first + j - 1], 0, None)[0] for j in range(len(inputs))]
+  total = sum(one(x_D, mean_D) for x_D, mean_D in zip(inputs, means, strict=True))
+  return total, config.width * math.log(thought.noise * math.sqrt(2 * math.pi * math.e))
+
+
+def policy(params, config, thought, V, hidden_SD, first, inputs, tokens):
+  """(log pi of what was drawn at slots first, first + 1, ..., mean entropy)."""
+  if thought.kind == "noisy":
+    return density(params, config, thought, V, hidden_SD, first, inputs)
   if thought.kind != "sampled" or thought.temperature == 0:
     return 0.0, 0.0
   total, entropy = 0.0, 0.0
@@ -216,7 +236,7 @@ def persistent(params, config, thought, V, row: Row, drawn, noise):
     same = [t for t in scores if anchor <= t < end and row.segments[t] == row.segments[anchor]]
     out["outcome"].append(sum(row.weights[t] * scores[t][0] for t in same))
     mine = slice(number * n, (number + 1) * n)
-    logp, entropy = policy(params, config, thought, V, hidden_SD, first[number], tokens[mine])
+    logp, entropy = policy(params, config, thought, V, hidden_SD, first[number], inputs[mine], tokens[mine])
     for name, value in dict(policy=logp, entropy=entropy, inputs=inputs[mine], tokens=tokens[mine]).items():
       out[name].append(value)
   scores = [scores.get(t, (None, None)) for t in range(len(row.tokens))]
@@ -255,21 +275,19 @@ def private(params, config, thought, V, row: Row, drawn, noise):
       ahead.append(logp)
       if m == 0:
         out["logp"][anchor], out["hit"][anchor] = logp, hit
-    logp, entropy = policy(params, config, thought, V, hidden_SD, first, tokens)
+    logp, entropy = policy(params, config, thought, V, hidden_SD, first, inputs, tokens)
     found = dict(outcome=outcome, policy=logp, entropy=entropy, inputs=inputs, tokens=tokens, ahead=ahead[1:])
     for name, value in found.items():
       out[name].append(value)
   return out
 
 
-def gumbel_noise(key, ids, samples, anchors, length, rows, V):
+def drawn_noise(draw, key, ids, samples, anchors, length, rows, V):
   """noise[b][g][n][j]: what the rollout draws: its key folds in the example, the sample, the anchor, the step.
 
-  rows: of the embedding table; noise is drawn for all of them, and that of the V real tokens is kept.
+  draw: jax.random.gumbel or normal. rows: how many numbers are drawn, of which the first V are kept.
   """
-  one = jax.jit(
-    lambda numbers: jax.random.gumbel(functools.reduce(jax.random.fold_in, numbers, key), (rows,), jnp.float32)
-  )
+  one = jax.jit(lambda numbers: draw(functools.reduce(jax.random.fold_in, numbers, key), (rows,), jnp.float32))
   return [
     [[[np.asarray(one((i, g, a, j)))[:V] for j in range(length)] for a in row] for g in range(samples)]
     for i, row in zip(np.asarray(ids), anchors, strict=True)

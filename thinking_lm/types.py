@@ -13,7 +13,7 @@ Terms:
   placement   WHERE thoughts go: batch -> Layout
   topology    WHICH keys a slot sees: `persistent` (thoughts stay in context) or `private` (only the thought itself and
               its look-ahead see it)
-  kind        WHAT a think token is: pause, latent, soft, gumbel, sampled
+  kind        WHAT a think token is: pause, latent, soft, noisy, gumbel, sampled
   halting     WHEN a thought ends
   rollout     the one place that runs the model over real and think slots; gives a Trace
   trace       what a rollout leaves for an objective: log-probabilities, never the model
@@ -94,7 +94,8 @@ class Thoughts:
   """The think tokens of a rollout: enough to put the same thoughts (or others) back in.
 
   inputs_BGNJD: embeddings that were fed at the think tokens (delimiters excluded).
-  tokens_BGNJ: int32 ids for `sampled` and `gumbel`, the most likely id for `soft`, -1 for `latent` and `pause`.
+  tokens_BGNJ: int32 ids for `sampled` and `gumbel`, the most likely id for `soft` and `noisy`, -1 for `latent` and
+    `pause`.
   """
 
   inputs_BGNJD: jax.Array
@@ -112,8 +113,8 @@ class Trace:
   ahead_logp_BGNA, ahead_weights_BNA: predictions that only exist because a private thought looks further ahead than
     one token (A = M - 1, the targets of anchor + 1 ... anchor + M - 1); None otherwise.
   outcome_BGN: log p(y | x, z) of each thought, weighted by the targets' weights; 0 where invalid.
-  policy_logp_BGN: log pi(z | x) summed over the sampled think tokens; 0 for kinds that sample nothing, and where
-    invalid.
+  policy_logp_BGN: log pi(z | x) summed over the sampled think tokens (a density for `noisy`); 0 for kinds without a
+    policy, and where invalid.
   entropy_BGN: entropy of the thought's token distributions, mean over its tokens, in nats; 0 as above.
   valid_BN: bool, the anchor exists.
   used_BGN: int32 think tokens used (delimiters excluded).

@@ -26,6 +26,7 @@ PERSISTENT = dict(
   latent=(UNTIED, Thought(kind="latent", lookahead=0)),
   latent_anchor=(TIED, Thought(kind="latent", delimiters=True, rotary="anchor", lookahead=2)),
   soft=(TIED, Thought(kind="soft", delimiters=True, top_k=3, temperature=0.7, lookahead=2)),
+  noisy=(TIED, Thought(kind="noisy", samples=2, temperature=0.7, lookahead=2)),
   gumbel=(UNTIED, Thought(kind="gumbel", samples=2, rotary="anchor", temperature=0.5)),
   sampled=(TIED, Thought(kind="sampled", samples=2, delimiters=True, temperature=1.3, lookahead=2)),
   scanned=(TIED, Thought(kind="sampled", samples=2, delimiters=True, temperature=1.3, lookahead=2, rescore=False)),
@@ -36,6 +37,7 @@ PRIVATE = dict(
   latent=(TIED, Private(kind="latent", delimiters=True, rotary="anchor", lookahead=2)),
   latent_linear=(UNTIED, Private(kind="latent")),
   soft=(UNTIED, Private(kind="soft", rotary="anchor")),
+  noisy=(TIED, Private(kind="noisy", top_k=3, delimiters=True, rescore=False)),
   gumbel=(TIED, Private(kind="gumbel", samples=2, delimiters=True, lookahead=2)),
   sampled=(UNTIED, Private(kind="sampled", samples=2, temperature=0.7, lookahead=2)),
   scanned=(UNTIED, Private(kind="sampled", samples=2, temperature=0.7, lookahead=2, rescore=False)),
@@ -61,9 +63,10 @@ def expected(name):
   (_, trace), _ = rolled(name)
   tokens = trace.thoughts.tokens_BGNJ.tolist()
   noise = [[[[None] * thought.length for _ in row] for _ in range(thought.samples)] for row in ANCHORS]
-  if thought.kind == "gumbel":
-    sizes = (thought.length, problem.V + 3, problem.V)
-    noise = oracles.gumbel_noise(problem.KEY, BATCH.ids_B, thought.samples, ANCHORS, *sizes)
+  draws = dict(gumbel=(jax.random.gumbel, problem.V + 3, problem.V), noisy=(jax.random.normal, *[config.width] * 2))
+  if thought.kind in draws:
+    draw, *sizes = draws[thought.kind]
+    noise = oracles.drawn_noise(draw, problem.KEY, BATCH.ids_B, thought.samples, ANCHORS, thought.length, *sizes)
   cotangents = problem.cotangents(thought)
 
   def number(params):

@@ -19,6 +19,12 @@ from thinking_lm.thoughts.topology import TOPOLOGIES
     (dict(topology="private", lookahead=0), "lookahead 0 (the rest of the document) needs topology 'persistent'"),
     (dict(kind="soft", temperature=0.0), "kind 'soft' needs a temperature above 0"),
     (dict(kind="gumbel", temperature=0.0), "kind 'gumbel' needs a temperature above 0"),
+    (dict(kind="noisy", temperature=0.0), "kind 'noisy' needs a temperature above 0"),
+    (dict(kind="noisy", noise=0.0), "config.noise must be greater than 0"),
+    (dict(kind="noisy", length=1, halting="stop"), "needs kind 'sampled', which can draw STOP"),
+    (dict(kind="soft", temperature_end=0.1, temperature_steps=10), "read by kind 'gumbel' only, got kind 'soft'"),
+    (dict(kind="gumbel", temperature_end=0.1), "temperature_end and temperature_steps go together"),
+    (dict(kind="gumbel", temperature_end=1e-5, temperature_steps=10), "temperature_end must be 0 or at least 0.001"),
     (dict(temperature=1e-9), "is neither 0 (the most likely token) nor at least 0.001"),
     (dict(kind="latent", length=1, halting="stop"), "needs kind 'sampled', which can draw STOP"),
     (dict(placement="explicit"), "placement 'explicit' needs positions"),
@@ -41,6 +47,14 @@ def test_faults_of_a_thought_config(values, message):
   with pytest.raises(ConfigError) as caught:
     parse(ThoughtConfig, values)
   assert [message in line for line in caught.value.faults] == [True]
+
+
+def test_a_temperature_that_decays():
+  config = ThoughtConfig(kind="gumbel", temperature=2.0, temperature_end=0.5, temperature_steps=10)
+  temperatures = [float(config.at(step).temperature) for step in (0, 5, 10, 99)]
+  assert temperatures == pytest.approx([2.0, 1.0, 0.5, 0.5])
+  constant = ThoughtConfig(kind="gumbel", temperature=2.0)
+  assert constant.at(7) is constant
 
 
 def test_all_faults_are_told_at_once():

@@ -100,6 +100,7 @@ def test_claims_of_a_kind(name):
   # A policy needs draws. What is serial depends on the hidden state, what is not does not.
   kind = KINDS[name]
   assert kind.stochastic or not kind.policy
+  assert kind.policy or not kind.discrete
   model = types.SimpleNamespace(
     **dict(
       logits=lambda h, stop=False: h,
@@ -114,3 +115,32 @@ def test_claims_of_a_kind(name):
   same, other = jnp.broadcast_to(LOGITS_V, (64, 8)), jnp.broadcast_to(LOGITS_V[[4, 3, 2, 1, 0, 5, 6, 7]] * 2, (64, 8))
   assert bool((step(same, 0) != step(same, 1)).any()) == kind.stochastic
   assert bool((step(same, 0) != step(other, 0)).any()) == kind.serial
+
+
+def test_the_policy_of_a_noisy_token_is_the_density_that_it_is_drawn_from():
+  """Moments of the draws, the density by quadrature, and the score function's gradient against a numeric one."""
+  config = ThoughtConfig(kind="noisy", length=1, noise=0.4, temperature=0.7)
+  logits_V = jnp.array([0.3, -1.0])
+  step = lambda x, keys: KINDS["noisy"].step(STUB, x, keys, config)[0]
+  drawn_X2 = np.asarray(jax.jit(step)(jnp.broadcast_to(logits_V, (COUNT, 2)), KEYS), np.float64)
+  mean_2 = np.asarray(jax.nn.softmax(logits_V / 0.7), np.float64)
+  np.testing.assert_allclose(drawn_X2.mean(axis=0), mean_2, atol=4 * 0.4 / COUNT**0.5)
+  np.testing.assert_allclose(np.cov(drawn_X2.T), 0.16 * np.eye(2), atol=4 * 0.16 * (2 / COUNT) ** 0.5)
+
+  grid = np.linspace(-2.5, 3.5, 121)
+  area = (grid[1] - grid[0]) ** 2
+  with jax.enable_x64(True):
+    points_X2 = jnp.asarray(np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, 2))
+    logits_V = jnp.asarray(np.array([0.3, -1.0]))
+    density = lambda logits: KINDS["noisy"].policy(
+      STUB, jnp.broadcast_to(logits, points_X2.shape), points_X2, None, config
+    )
+    np.testing.assert_allclose(float(jnp.exp(density(logits_V)[0]).sum()) * area, 1, rtol=1e-6)
+    entropy = float(-(jnp.exp(density(logits_V)[0]) * density(logits_V)[0]).sum()) * area
+    np.testing.assert_allclose(density(logits_V)[1][0], entropy, rtol=1e-6)
+    reward_X = jnp.sin(points_X2[:, 0]) + points_X2[:, 1] ** 2
+    value = lambda logits: float((jnp.exp(density(logits)[0]) * reward_X).sum() * area)
+    numeric = [(value(logits_V.at[i].add(1e-4)) - value(logits_V.at[i].add(-1e-4))) / 2e-4 for i in range(2)]
+    weights_X = jax.lax.stop_gradient(jnp.exp(density(logits_V)[0])) * reward_X * area
+    score = jax.grad(lambda logits: (weights_X * density(logits)[0]).sum())(logits_V)
+  np.testing.assert_allclose(score, numeric, rtol=1e-5)

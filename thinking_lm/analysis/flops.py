@@ -64,7 +64,7 @@ def ledger(
   C, R = blocks(thought, T, N, aligned)
   W, kind = C + J, thought.kind_of
   S = R * W
-  per_token = dict(pause=0.0, latent=0.0, soft=2 * head, gumbel=2 * head, sampled=head)[thought.kind]
+  per_token = dict(pause=0.0, latent=0.0, soft=2 * head, noisy=2 * head, gumbel=2 * head, sampled=head)[thought.kind]
   if thought.kind == "latent" and model.latent_map == "linear":
     per_token = 2.0 * model.width**2
   if thought.topology == "private":
@@ -82,7 +82,7 @@ def ledger(
     parallel = G * layer_flops(model, R * J, S)
     ahead, shared, readout, makes = 0.0, 0.0, G * T * head, G * R * n
   if kind.policy:
-    readout += G * N * n * head
+    readout += G * N * n * (head if kind.discrete else 2 * head)  # a density needs the mixture's mean as well
   if not kind.serial:
     return _with_backward(Ledger(base, parallel, readout, 0.0), model, gradient, 0.0)
   draw = makes * per_token

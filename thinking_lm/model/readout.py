@@ -7,8 +7,6 @@ not with positions x samples x vocabulary.
 import jax
 import jax.numpy as jnp
 
-from thinking_lm.thoughts.tokens import log_policy
-
 CHUNK = 8192
 """Hidden states whose logits exist at once."""
 
@@ -24,22 +22,28 @@ def target_logp(decoder, hidden_XD, targets_X):
   return _chunked(one, hidden_XD, targets_X)
 
 
-def policy(decoder, hidden_XD, tokens_X, temperature: float, stop: bool):
-  """(log pi(token), entropy) of the think token that follows each hidden state, nats; see `tokens.log_policy`."""
-  return _chunked(lambda h, z: log_policy(decoder.logits(h, stop), z, temperature), hidden_XD, tokens_X)
+def policy(decoder, config, hidden_XD, thoughts):
+  """(log pi, entropy) of the think token that follows each hidden state, nats; of the kind, see `tokens.KINDS`."""
+  return _chunked(
+    lambda h, x, z: config.kind_of.policy(decoder, h, x, z, config),
+    *(hidden_XD, thoughts.inputs_BGNJD, thoughts.tokens_BGNJ),
+  )
 
 
-def _chunked(function, hidden_XD, index_X):
-  """function over the flattened leading axes, rematerialised, at most CHUNK states at a time."""
-  flat, index = hidden_XD.reshape(-1, hidden_XD.shape[-1]), index_X.reshape(-1)
+def _chunked(function, *arrays):
+  """function over the flattened leading axes, rematerialised, at most CHUNK states at a time.
+
+  The last array has no axes but these; the others have one more.
+  """
+  leading = arrays[-1].shape
+  flat = [a.reshape(-1, *a.shape[len(leading) :]) for a in arrays]
   function = jax.checkpoint(function)
-  count = flat.shape[0]
+  count = len(flat[0])
   if count <= CHUNK:
-    results = function(flat, index)
+    results = function(*flat)
   else:
     pad = -count % CHUNK
-    flat = jnp.pad(flat, ((0, pad), (0, 0))).reshape(-1, CHUNK, flat.shape[-1])
-    index = jnp.pad(index, (0, pad)).reshape(-1, CHUNK)
-    results = jax.lax.map(lambda pair: function(*pair), (flat, index))
+    split = lambda a: jnp.pad(a, [(0, pad)] + [(0, 0)] * (a.ndim - 1)).reshape(-1, CHUNK, *a.shape[1:])
+    results = jax.lax.map(lambda chunk: function(*chunk), [split(a) for a in flat])
     results = jax.tree.map(lambda a: a.reshape(-1)[:count], results)
-  return jax.tree.map(lambda a: a.reshape(index_X.shape), results)
+  return jax.tree.map(lambda a: a.reshape(leading), results)

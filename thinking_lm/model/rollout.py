@@ -64,6 +64,11 @@ def _pauses(decoder, config, layout):
   return Thoughts(*config.kind_of.step(decoder, hidden, None, config))
 
 
+def _actions(decoder, config, drawn: Thoughts) -> Thoughts:
+  """Drawn thoughts as they are fed when they are scored: embeddings of ids are learned, other actions are constants."""
+  return Thoughts(decoder.embed(drawn.tokens_BGNJ), drawn.tokens_BGNJ) if config.kind_of.discrete else drawn
+
+
 def _wrap(decoder, config, inputs_XnD):
   """Think slots of thoughts [..., J, D] from their think tokens [..., n, D]: START and STOP around them, if wanted."""
   edge = inputs_XnD.shape[:-2]
@@ -103,8 +108,8 @@ def _stream(decoder, drawer, config, rows, stream, keys_BN, N, C, given):
   x_BSD = decoder.embed(topology.take(rows.tokens_BT, stream.token_BS, 0))
   B, S, D = x_BSD.shape
   if given is None and drawer is not None:
-    drawn = stream_serial(drawer, config, stream, jax.lax.stop_gradient(x_BSD), keys_BN, N, C)[1].tokens_BGNJ
-    given = Thoughts(decoder.embed(drawn), drawn)
+    drawn = stream_serial(drawer, config, stream, jax.lax.stop_gradient(x_BSD), keys_BN, N, C)[1]
+    given = _actions(decoder, config, drawn)
   if given is None and config.length:
     return stream_serial(decoder, config, stream, x_BSD, keys_BN, N, C)[:3]
   if given is None:
@@ -179,8 +184,8 @@ def _side_by_side(decoder, drawer, config, anchor_BPD, ahead_BPAD, positions_BPX
   positions_BPJ = positions_BPX[:, :, :J]
   if given is None and drawer is not None:
     anchor, shared = jax.lax.stop_gradient((anchor_BPD, past))
-    drawn = think(drawer, config, anchor, positions_BPJ, keys_BP, shared, fresh)[2]
-    given = Thoughts(decoder.embed(drawn), drawn)
+    drawn = Thoughts(*think(drawer, config, anchor, positions_BPJ, keys_BP, shared, fresh)[1:3])
+    given = _actions(decoder, config, drawn)
   live = lambda thoughts: jnp.arange(J) <= _last(decoder, config, thoughts)[..., None]  # [B, P, J]
   if given is not None:
     x = jnp.concatenate([_wrap(decoder, config, given.inputs_BGNJD), ahead_BPAD], axis=2)
@@ -203,7 +208,7 @@ def _policy(decoder, config, anchor_BGND, think_BGNJD, thoughts):
     return None
   before = jnp.concatenate([anchor_BGND[..., None, :], think_BGNJD], axis=-2)
   before = before[..., config.opening : config.opening + config.length, :]
-  logp_BGNJ, entropy_BGNJ = policy(decoder, before, thoughts.tokens_BGNJ, config.temperature, config.may_stop)
+  logp_BGNJ, entropy_BGNJ = policy(decoder, config, before, thoughts)
   # A STOP that was drawn is a choice of the policy too; what stands behind it is not.
   chosen_BGNJ = jnp.arange(config.length) <= config.used(thoughts.tokens_BGNJ, decoder.stop)[..., None]
   only = lambda a_BGNJ: jnp.sum(jnp.where(chosen_BGNJ, a_BGNJ, 0.0), axis=-1)

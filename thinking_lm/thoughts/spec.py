@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+
 from thinking_lm.config import option
 from thinking_lm.thoughts.halting import HALTING
 from thinking_lm.thoughts.placement import PLACEMENTS
@@ -22,13 +24,18 @@ class ThoughtConfig:
   kind: str = option("latent", "WHAT: the kind of a think token", choices=KINDS)
   length: int = option(0, "n think tokens in a thought, START and STOP not counted; 0 is the plain decoder", low=0)
   delimiters: bool = option(False, "put the START and STOP rows around the think tokens")
-  temperature: float = option(1.0, "of soft, gumbel and sampled tokens; sampled at 0 is the most likely token", low=0)
-  top_k: int = option(0, "soft: keep only the k most likely tokens and renormalise; 0 keeps all", low=0)
+  temperature: float = option(1.0, "of soft, noisy, gumbel, sampled; sampled at 0 is the most likely token", low=0)
+  temperature_end: float = option(0.0, "gumbel: temperature at the end of its decay; 0 keeps it constant", low=0)
+  temperature_steps: int = option(0, "gumbel: training steps of that decay, by the same factor each", low=0)
+  noise: float = option(0.3, "noisy: standard deviation of the noise; an input has about 1 per dimension", above=0)
+  top_k: int = option(0, "soft, noisy: keep only the k most likely tokens and renormalise; 0 keeps all", low=0)
   halting: str = option("fixed", "WHEN: fixed length, or where the thought draws STOP", choices=HALTING)
   samples: int = option(1, "G thoughts drawn per anchor (private) or streams per row (persistent)", low=1)
   lookahead: int = option(1, "m real tokens that make a thought's outcome; 0 is the rest of the document", low=0)
   rescore: bool = option(
-    True, "sampled: draw without gradients, then score all in one parallel pass; false differentiates the drawing scan"
+    True,
+    "sampled, noisy: draw without gradients, then score all in one parallel pass; false differentiates the drawing "
+    "scan, of noisy through the mixture",
   )
 
   def faults(self) -> list[str]:
@@ -37,28 +44,55 @@ class ThoughtConfig:
     kind = KINDS.get(self.kind)
     if self.length and kind and not kind.stochastic and self.samples > 1:
       found.append(f"samples {self.samples} of kind {self.kind!r} would all be equal: it draws nothing; use samples 1")
-    if self.length and kind and kind.policy and not self.temperature and self.samples > 1:
+    if self.length and kind and kind.discrete and not self.temperature and self.samples > 1:
       found.append(f"samples {self.samples} at temperature 0 would all be equal; use samples 1")
-    if self.top_k and self.kind != "soft":
-      found.append(f"top_k is read by kind 'soft' only, got kind {self.kind!r}")
+    if self.top_k and self.kind not in ("soft", "noisy"):
+      found.append(f"top_k is read by kinds 'soft' and 'noisy' only, got kind {self.kind!r}")
     if self.topology == "private" and self.lookahead == 0:
       found.append(
         "lookahead 0 (the rest of the document) needs topology 'persistent': a private thought is seen by "
         "its own look-ahead only; give a number of tokens"
       )
-    if self.kind in ("soft", "gumbel") and self.temperature == 0:
+    if self.kind in ("soft", "noisy", "gumbel") and self.temperature == 0:
       found.append(f"kind {self.kind!r} needs a temperature above 0; a very small one is nearly hard")
     if 0 < self.temperature < 1e-3:
       found.append(f"temperature {self.temperature} is neither 0 (the most likely token) nor at least 0.001")
+    found += self._schedule_faults()
     if self.placement == "explicit" and not self.positions:
       found.append("placement 'explicit' needs positions, such as (3, 7)")
     if self.length and self.placement == "sentence" and not self.cap:
       found.append("placement 'sentence' needs a cap: shapes are static, and every token could end a sentence")
-    if self.length and kind and self.halting in HALTING and HALTING[self.halting].draws and not kind.policy:
+    if self.length and kind and self.halting in HALTING and HALTING[self.halting].draws and not kind.discrete:
       found.append(f"halting {self.halting!r} needs kind 'sampled', which can draw STOP; got {self.kind!r}")
     if self.length and self.placement == "none":
       found.append("placement 'none' never thinks; set length 0 or another placement")
     return found
+
+  def _schedule_faults(self) -> list[str]:
+    """Of the temperature's decay."""
+    if not self.temperature_end and not self.temperature_steps:
+      return []
+    if self.kind != "gumbel":
+      return [
+        f"temperature_end and temperature_steps are read by kind 'gumbel' only, got kind {self.kind!r}: there a "
+        "temperature shapes the gradient and not what is drawn, so that an evaluation need not know the step"
+      ]
+    if not self.temperature_end or not self.temperature_steps:
+      return ["temperature_end and temperature_steps go together: set both above 0, or neither"]
+    return ["temperature_end must be 0 or at least 0.001"] if self.temperature_end < 1e-3 else []
+
+  def at(self, step) -> "ThoughtConfig":
+    """The config at a training step: its temperature there, as a traced number.
+
+    temperature (end / temperature)^(step / temperature_steps), then constant (exponential annealing, Jang et al. 2016,
+    arXiv:1611.01144, without their floor at every so many steps).
+    """
+    if not self.temperature_end:
+      return self
+    share = jnp.minimum(jnp.asarray(step, jnp.float32) / self.temperature_steps, 1.0)
+    return dataclasses.replace(
+      self, temperature=self.temperature * (self.temperature_end / self.temperature) ** share, temperature_end=0.0
+    )
 
   @property
   def slots(self) -> int:

@@ -5,9 +5,13 @@ Each kind is a pure function of the hidden state before the token:
     kind(model, hidden_XD, keys_X, config) -> (input_XD, token_X)
 
 `input_XD` is fed to the decoder as the next think token; `token_X` is its id, -1 where there is none. `model` offers
-`logits`, `embed`, `mix` and `feedback`. `keys_X` are random keys, one for each of the X thoughts.
+`logits`, `embed`, `mix` and `feedback`. `keys_X` are random keys, one for each of the X thoughts. A kind that a policy
+gradient can train also has the log-density of what it draws:
+
+    policy(model, hidden_XD, input_XD, token_X, config) -> (log pi_X, entropy_X)     nats
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -37,6 +41,16 @@ def soft(model, hidden_XD, keys_X, config):
     logits_XV = jnp.where(logits_XV >= smallest, logits_XV, -1e30)
   weights_XV = jax.nn.softmax(logits_XV / config.temperature).astype(hidden_XD.dtype)
   return model.mix(weights_XV), jnp.argmax(logits_XV, axis=-1)
+
+
+def noisy(model, hidden_XD, keys_X, config):
+  """A soft token plus Gaussian noise of standard deviation `config.noise` in each dimension: an action to explore by.
+
+  Soft Tokens, Hard Truths (arXiv:2509.19170). The noise is in units of an input, whose mean square is about 1.
+  """
+  mean_XD, token_X = soft(model, hidden_XD, None, config)
+  noise_XD = jax.vmap(lambda key: jax.random.normal(key, mean_XD.shape[-1:]))(keys_X.reshape(-1)).reshape(mean_XD.shape)
+  return mean_XD + (config.noise * noise_XD).astype(mean_XD.dtype), token_X
 
 
 def gumbel(model, hidden_XD, keys_X, config):
@@ -87,23 +101,44 @@ def log_policy(logits_XV, token_X, temperature: float):
   return jnp.take_along_axis(logp_XV, token_X[..., None], axis=-1)[..., 0], entropy_X
 
 
+def sampled_policy(model, hidden_XD, input_XD, token_X, config):
+  """`log_policy` of the distribution that `sampled` draws from."""
+  del input_XD
+  return log_policy(model.logits(hidden_XD, stop=config.may_stop), token_X, config.temperature)
+
+
+def noisy_policy(model, hidden_XD, input_XD, token_X, config):
+  """log N(input; soft token, noise^2 I), a density over all D dimensions together; its entropy depends on nothing."""
+  del token_X
+  mean_XD = soft(model, hidden_XD, None, config)[0]
+  D, spread = mean_XD.shape[-1], config.noise
+  wide = jnp.promote_types(mean_XD.dtype, jnp.float32)
+  scaled_XD = (input_XD.astype(wide) - mean_XD.astype(wide)) / spread
+  volume = D * (0.5 * math.log(2 * math.pi) + math.log(spread))
+  logp_X = -0.5 * jnp.sum(scaled_XD**2, axis=-1) - volume
+  return logp_X, jnp.full(logp_X.shape, volume + 0.5 * D)
+
+
 class Kind(NamedTuple):
   """A kind and what is true of it.
 
-  step: the function above. stochastic: it draws, so samples differ. policy: its tokens have a log-probability that a
-  policy gradient can use. serial: each think token needs the hidden state before it.
+  step: the function above. stochastic: it draws, so samples differ. serial: each think token needs the hidden state
+  before it. policy: the log-density above, for kinds whose think tokens are actions; None for the others. discrete:
+  these actions are ids, which can be enumerated, and STOP can be one.
   """
 
   step: Callable
   stochastic: bool
-  policy: bool
   serial: bool
+  policy: Callable | None = None
+  discrete: bool = False
 
 
 KINDS = dict(
-  pause=Kind(pause, stochastic=False, policy=False, serial=False),
-  latent=Kind(latent, stochastic=False, policy=False, serial=True),
-  soft=Kind(soft, stochastic=False, policy=False, serial=True),
-  gumbel=Kind(gumbel, stochastic=True, policy=False, serial=True),
-  sampled=Kind(sampled, stochastic=True, policy=True, serial=True),
+  pause=Kind(pause, stochastic=False, serial=False),
+  latent=Kind(latent, stochastic=False, serial=True),
+  soft=Kind(soft, stochastic=False, serial=True),
+  noisy=Kind(noisy, stochastic=True, serial=True, policy=noisy_policy),
+  gumbel=Kind(gumbel, stochastic=True, serial=True),
+  sampled=Kind(sampled, stochastic=True, serial=True, policy=sampled_policy, discrete=True),
 )
