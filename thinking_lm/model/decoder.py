@@ -112,18 +112,31 @@ class Layer(nnx.Module):
 
   def __call__(self, x_BPQD, positions_BPQ, mask_BPQQ, past: Keys | None, own: Keys | None):
     """Returns (x_BPQD, (k_BPQKE, v_BPQKE)): the new activations and this call's own keys and values."""
-    c, E = self.config, self.config.resolved_head_width
-    h = self.attention_norm(x_BPQD)
-    q, k, v = (matmul(h, w[...]).reshape(*h.shape[:-1], -1, E) for w in (self.query, self.key, self.value))
-    if c.qk_norm:
-      q, k = self.query_norm(q), self.key_norm(k)
-    q, k = (rotate(a, positions_BPQ, c.rope_base) for a in (q, k))
+    q, k, v = self.project(x_BPQD, positions_BPQ)
     seen = [keys for keys in (past, own) if keys is not None]
     mixed = attention(q, [*seen, Keys(k, v, mask_BPQQ)])
-    x = x_BPQD + matmul(mixed.reshape(*h.shape[:-1], -1), self.out[...])
+    return self.complete(x_BPQD, mixed), (k, v)
+
+  def product(self, name: str, x):
+    """x times the matrix `name`. The two halves below take another function of this signature in its place."""
+    return matmul(x, getattr(self, name)[...])
+
+  def project(self, x_XD, positions_X, product=None):
+    """What comes before attention: queries [..., H, E], keys and values [..., K, E] of activations [..., D]."""
+    c, product = self.config, product or self.product
+    h = self.attention_norm(x_XD)
+    q, k, v = (product(name, h) for name in ("query", "key", "value"))
+    q, k, v = (a.reshape(*a.shape[:-1], -1, c.resolved_head_width) for a in (q, k, v))
+    if c.qk_norm:
+      q, k = self.query_norm(q), self.key_norm(k)
+    return rotate(q, positions_X, c.rope_base), rotate(k, positions_X, c.rope_base), v
+
+  def complete(self, x_XD, mixed_XHE, product=None):
+    """What comes after attention: the layer's output [..., D] from its input and the mixed values."""
+    product = product or self.product
+    x = x_XD + product("out", mixed_XHE.reshape(*x_XD.shape[:-1], -1))
     h = self.mlp_norm(x)
-    x = x + matmul(jax.nn.silu(matmul(h, self.gate[...])) * matmul(h, self.up[...]), self.down[...])
-    return x, (k, v)
+    return x + product("down", jax.nn.silu(product("gate", h)) * product("up", h))
 
 
 class Decoder(nnx.Module):
