@@ -25,9 +25,10 @@ MAY_IMPORT = {
   "training": GLOSSARY | {"data"},  # the step never learns what it optimises
   "evaluation": BELOW,
   "analysis": BELOW | {"evaluation", "training"},
-  "experiment": BELOW | {"evaluation", "training"},
+  "rules": BELOW,
+  "experiment": BELOW | {"evaluation", "training", "rules"},
 }
-MAIN = BELOW | {"evaluation", "training", "analysis", "experiment"}  # a top-level file with a __main__ guard
+MAIN = BELOW | {"evaluation", "training", "analysis", "experiment", "rules"}  # a top-level file with a __main__ guard
 
 UNSAFE_MODULES = {
   *("pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "tarfile", "yaml"),

@@ -14,6 +14,7 @@ from thinking_lm.config import parse
 from thinking_lm.errors import ConfigError
 from thinking_lm.training import mesh as mesh_lib
 from thinking_lm.training.step import gradients
+from thinking_lm.types import Carried
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 SMALL = {
@@ -45,7 +46,7 @@ def test_every_config_builds_with_every_recipe(file, recipe):
   values = runpy.run_path(str(file))["get_config"](recipe)
   built = experiment.build(experiment.parse(values))
   batch = first(built, 2)
-  loss, metrics = jax.eval_shape(built.loss_fn, built.model.shapes, batch, jax.random.key(0))
+  loss, metrics = jax.eval_shape(built.loss_fn, built.model.shapes, batch, jax.random.key(0), Carried())
   assert loss.shape == () and metrics["loss"].count.shape == ()
   assert runpy.run_path(str(file))["__doc__"].count("\n") > 3, "a config file is a lab protocol"
 
@@ -55,7 +56,7 @@ def everything(built, parts=1):
 
   def step(params, batch):
     tokens = built.rollout(params, batch, jax.random.key(2)).thoughts.tokens_BGNJ
-    return *gradients(built.loss_fn, params, batch, jax.random.key(2), parts), tokens
+    return *gradients(built.loss_fn, params, batch, jax.random.key(2), parts, Carried()), tokens
 
   return jax.jit(step)
 
@@ -95,7 +96,7 @@ def test_numbers_do_not_depend_on_the_mesh(reference, shape):
 
 def test_the_second_step_compiles_nothing():
   built = small("hybrid")
-  step = jax.jit(lambda p, b, key: gradients(built.loss_fn, p, b, key, 2))
+  step = jax.jit(lambda p, b, key: gradients(built.loss_fn, p, b, key, 2, Carried()))
   params, batches = built.init(jax.random.key(0)), built.data.batches("train", global_batch=4)
   for number in range(3):
     params, _ = step(params, jax.tree.map(jnp.asarray, next(batches)), jax.random.key(number))
@@ -105,10 +106,12 @@ def test_the_second_step_compiles_nothing():
 def test_bfloat16_is_close_and_keeps_float32_where_it_matters():
   full, half = (small("latent", **{"model.compute_dtype": dtype}) for dtype in ("float32", "bfloat16"))
   params, batch = full.init(jax.random.key(0)), first(full)
-  losses = [jax.jit(lambda p, b, f=f: f.loss_fn(p, b, jax.random.key(0))[0])(params, batch) for f in (full, half)]
+  losses = [
+    jax.jit(lambda p, b, f=f: f.loss_fn(p, b, jax.random.key(0), Carried())[0])(params, batch) for f in (full, half)
+  ]
   assert losses[1].dtype == jnp.float32
   np.testing.assert_allclose(losses[1], losses[0], rtol=0.02)
-  grads = jax.eval_shape(jax.grad(lambda p: half.loss_fn(p, batch, jax.random.key(0))[0]), params)
+  grads = jax.eval_shape(jax.grad(lambda p: half.loss_fn(p, batch, jax.random.key(0), Carried())[0]), params)
   assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
 
 

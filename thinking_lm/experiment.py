@@ -16,6 +16,7 @@ import ml_collections
 import numpy as np
 
 from thinking_lm import config as config_lib
+from thinking_lm import rules
 from thinking_lm.config import option
 from thinking_lm.data import pipeline
 from thinking_lm.data.rows import assemble
@@ -26,10 +27,8 @@ from thinking_lm.metrics import Mean
 from thinking_lm.model.decoder import Model, ModelConfig
 from thinking_lm.model.generate import Generation, Sampling, generate
 from thinking_lm.model.rollout import rollout
-from thinking_lm.objectives.advantages import ADVANTAGES
 from thinking_lm.objectives.objective import ObjectiveConfig, objective, volume
-from thinking_lm.objectives.rewards import REWARDS
-from thinking_lm.thoughts.placement import PLACEMENTS, capacity, place
+from thinking_lm.thoughts.placement import place
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.training.checkpoint import CheckpointConfig, read_params
 from thinking_lm.training.loop import Run, TrainConfig
@@ -37,7 +36,7 @@ from thinking_lm.training.mesh import MeshConfig, device_faults, global_batch, m
 from thinking_lm.training.optimizer import OptimizerConfig, schedule_faults
 from thinking_lm.training.state import key as random_key
 from thinking_lm.training.workdir import resolve
-from thinking_lm.types import Batch, Layout, Params, Thoughts, Trace
+from thinking_lm.types import Batch, Carried, Layout, Params, Thoughts, Trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,46 +55,11 @@ class ExperimentConfig:
 
   def faults(self) -> list[str]:
     """Rules across sections."""
-    thought, goal = self.thought, self.objective
-    found = schedule_faults(self.optimizer, self.train.steps)
-    found += _objective_faults(goal, thought)
-    T = self.data.sequence_length
-    if thought.length and T and thought.placement in PLACEMENTS and not thought.faults() and not capacity(thought, T):
-      found.append(f"no thought fits into rows of data.sequence_length {T}: a smaller thought.stride or position does")
-    return found
-
-
-def _objective_faults(goal: ObjectiveConfig, thought: ThoughtConfig) -> list[str]:
-  """What an objective asks of the thoughts."""
-  found, needs = [], ADVANTAGES[goal.advantage].needs
-  for name in ("score_weight", "entropy_weight"):
-    if getattr(goal, name) and not (thought.kind_of.policy and thought.length):
-      found.append(
-        f"objective.{name} needs thoughts with a log-probability: thought.kind 'sampled' and thought.length "
-        f"above 0, got kind {thought.kind!r} and length {thought.length}"
-      )
-    elif getattr(goal, name) and thought.temperature == 0:
-      found.append(f"objective.{name} needs thought.temperature above 0: a greedy thought has no gradient")
-  if goal.score_weight and not found and thought.samples < needs:
-    found.append(
-      f"objective.advantage {goal.advantage!r} needs thought.samples of at least {needs}, got {thought.samples}"
+    return (
+      schedule_faults(self.optimizer, self.train.steps)
+      + rules.objective_faults(self.objective, self.thought)
+      + rules.room_faults(self.thought, self.data.sequence_length)
     )
-  if goal.base_weight and not thought.length:
-    found.append("objective.base_weight needs thought.length above 0: without thoughts nll_weight weighs the same")
-  if goal.price and not goal.score_weight:
-    found.append("objective.price is paid by the policy gradient, whose objective.score_weight is 0")
-  if thought.topology != "private":
-    absent = "needs thought.topology 'private': with 'persistent' there is no pass without thoughts"
-    if goal.base_weight:
-      found.append(f"objective.base_weight {absent}")
-    if goal.score_weight and REWARDS[goal.reward].base:
-      found.append(f"objective.reward {goal.reward!r} {absent}")
-    if goal.bound != "J" and thought.length and thought.lookahead:
-      found.append(
-        f"objective.bound {goal.bound!r} is joint over all that thoughts change: persistent thoughts need "
-        f"thought.lookahead 0 (the rest of the document), got {thought.lookahead}"
-      )
-  return found
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -137,7 +101,7 @@ class Experiment:
 
   init: key -> params. axes: logical axis names of every parameter. place: batch -> Layout.
   rollout: (params, batch, key, given=None, thought=None) -> Trace.
-  loss_fn: (params, batch, key) -> (loss summed over targets, metrics).
+  loss_fn: (params, batch, key, carried) -> (loss summed over targets, metrics).
   """
 
   config: ExperimentConfig
@@ -165,8 +129,9 @@ class Experiment:
     thought = thought or self.config.thought
     return rollout(self.model, thought, params, batch, self.place(batch, thought), key, given)
 
-  def loss_fn(self, params: Params, batch: Batch, key) -> tuple[jax.Array, dict[str, Mean]]:
+  def loss_fn(self, params: Params, batch: Batch, key, carried: Carried) -> tuple[jax.Array, dict[str, Mean]]:
     """The loss of a batch, summed over targets, and its metrics."""
+    del carried  # nothing asks for it yet
     trace = self.rollout(params, batch, key)
     loss, metrics = objective(self.config.objective, trace)
     return loss, metrics | volume(trace, batch, self.data.vocabulary)
@@ -223,7 +188,9 @@ class Experiment:
 def build(config: ExperimentConfig) -> Experiment:
   """Reads the data and sets up the model; no parameters yet. Raises ConfigError or DataError."""
   data = pipeline.build(config.data)
-  return Experiment(config, data, Model(config.model, data.vocabulary.size))
+  return Experiment(
+    config, data, Model(config.model, data.vocabulary.size, rules.heads(config.thought, config.objective))
+  )
 
 
 def load(workdir: str, averaged: bool = False) -> tuple[Experiment, Params, int]:

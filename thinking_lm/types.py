@@ -56,6 +56,21 @@ class Batch:
   ids_B: jax.Array
 
 
+@struct.dataclass
+class Carried:
+  """What a loss is told besides parameters, rows and key: what earlier steps and updates left; without gradient.
+
+  step: int32 number of finished steps, for schedules.
+  extra: statistics and copies of parameters that the objective carries from step to step, by name.
+  drawn: what was drawn before the first of several updates on the same rows, every array with the rows B first; None
+    where each update draws for itself.
+  """
+
+  step: jax.Array = np.int32(0)
+  extra: dict[str, Any] = struct.field(default_factory=dict)
+  drawn: Any = None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Vocabulary:
   """What the model and the placements must know of a tokenizer.

@@ -17,6 +17,7 @@ from thinking_lm.objectives.advantages import ADVANTAGES, Advantage
 from thinking_lm.objectives.objective import ObjectiveConfig, objective
 from thinking_lm.training.state import make_init
 from thinking_lm.training.step import StepConfig, make_train_step
+from thinking_lm.types import Carried
 
 
 def flat(tree):
@@ -207,7 +208,7 @@ def test_rows_too_short_for_a_thought_have_all_their_terms():
     experiment.parse(small("hybrid", **options, **{"objective.reward": "info_gain", "thought.lookahead": 2}))
   )
   batch = next(built.data.batches("train", global_batch=2))
-  loss, metrics = jax.eval_shape(built.loss_fn, built.model.shapes, batch, jax.random.key(0))
+  loss, metrics = jax.eval_shape(built.loss_fn, built.model.shapes, batch, jax.random.key(0), Carried())
   assert loss.shape == () and "nll_base" in metrics
 
 

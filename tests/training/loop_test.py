@@ -131,8 +131,8 @@ def test_after_one_signal_the_next_ends_the_process():
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def never_finite(params, batch, key):
-  total, metrics = toy.loss_fn(params, batch, key)
+def never_finite(params, batch, key, carried):
+  total, metrics = toy.loss_fn(params, batch, key, carried)
   return jnp.where(batch.ids_B[0] >= 32, jnp.nan, 1.0) * total, metrics
 
 

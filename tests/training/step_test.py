@@ -9,6 +9,7 @@ from thinking_lm.metrics import Mean
 from thinking_lm.training import state as state_lib
 from thinking_lm.training.optimizer import OptimizerConfig, make_optimizer
 from thinking_lm.training.step import StepConfig, gradients, make_train_step
+from thinking_lm.types import Carried
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +34,10 @@ def relative(one, other):
 @pytest.mark.parametrize("accumulation", [1, 2, 8])
 def test_gradient_is_that_of_the_weighted_mean_over_the_whole_batch(params, accumulation):
   def mean(params):
-    total, metrics = toy.loss_fn(params, batch(), key())
+    total, metrics = toy.loss_fn(params, batch(), key(), Carried())
     return total / metrics["loss"].count
 
-  grads, metrics = jax.jit(lambda p: gradients(toy.loss_fn, p, batch(), key(), accumulation))(params)
+  grads, metrics = jax.jit(lambda p: gradients(toy.loss_fn, p, batch(), key(), accumulation, Carried()))(params)
   assert relative(jax.jit(jax.grad(mean))(params), grads) < 1e-6
   assert float(metrics["loss"].count) == batch().weights_BT.sum()
   assert float(metrics["real_tokens"].total) == batch().segments_BT.sum()
@@ -50,20 +51,20 @@ def test_micro_batches_differ_in_their_token_counts():
 
 def test_a_batch_without_a_token_gives_zero_gradients(params):
   empty = batch().replace(weights_BT=np.zeros_like(batch().weights_BT))
-  grads, _ = gradients(toy.loss_fn, params, empty, key(), 1)
+  grads, _ = gradients(toy.loss_fn, params, empty, key(), 1, Carried())
   assert all(not jnp.any(g) for g in jax.tree.leaves(grads))
 
 
 def poisoned(where):
   """The toy loss, but in the steps of the rows from 16 up to 64 its value or one gradient is not a number."""
 
-  def loss_fn(params, rows, key):
+  def loss_fn(params, rows, key, carried):
     bad = (rows.ids_B[0] >= 16) & (rows.ids_B[0] < 64)
     if where == "gradient":
       # d sqrt(x) / dx at 0 is infinite, and infinity times 0 is not a number; the value stays finite.
-      total, metrics = toy.loss_fn(params, rows, key)
+      total, metrics = toy.loss_fn(params, rows, key, carried)
       return total + jnp.sqrt(jnp.where(bad, 0.0, 1.0) * params["layers"]["norm"][0, 0] ** 2), metrics
-    total, metrics = toy.loss_fn(params, rows, key)
+    total, metrics = toy.loss_fn(params, rows, key, carried)
     factor = jnp.where(bad, jnp.nan, 1.0)
     return total * factor, dict(metrics, loss=Mean(metrics["loss"].total * factor, metrics["loss"].count))
 
@@ -97,7 +98,7 @@ def test_the_update_is_the_direction_times_the_rate_of_this_step(params):
   step = jax.jit(make_train_step(toy.loss_fn, optimizer, schedule, StepConfig(ema=0.75)))
   state = state_lib.create(params, optimizer, ema=True).replace(step=jnp.int32(3))
   new, metrics = step(state, batch(), key())
-  grads, _ = gradients(toy.loss_fn, params, batch(), jax.random.fold_in(key(), 3), 1)
+  grads, _ = gradients(toy.loss_fn, params, batch(), jax.random.fold_in(key(), 3), 1, Carried())
   expected = jax.tree.map(lambda p, g: p - 0.4 * g, params, grads)
   assert relative(expected, new.params) < 1e-6
   assert relative(jax.tree.map(lambda p, q: 0.75 * p + 0.25 * q, params, expected), new.ema) < 1e-6
@@ -107,11 +108,51 @@ def test_the_update_is_the_direction_times_the_rate_of_this_step(params):
 
 
 def test_metrics_of_the_loss_cannot_hide_those_of_the_step(params):
-  def loss_fn(params, rows, key):
-    total, metrics = toy.loss_fn(params, rows, key)
+  def loss_fn(params, rows, key, carried):
+    total, metrics = toy.loss_fn(params, rows, key, carried)
     return total, dict(metrics, grad_norm=metrics["loss"])
 
   optimizer = optax.identity()
   step = make_train_step(loss_fn, optimizer, optax.constant_schedule(1.0), StepConfig())
   with pytest.raises(ValueError, match="grad_norm"):
     step(state_lib.create(params, optimizer, ema=False), batch(), key())
+
+
+def counting(params, rows, key, carried):
+  """The toy loss, and how much was carried to it."""
+  total, metrics = toy.loss_fn(params, rows, key, carried)
+  told = dict(seen=Mean(carried.extra["total"], jnp.float32(1)), step=Mean(jnp.float32(carried.step), jnp.float32(1)))
+  return total, metrics | told
+
+
+def count_up(extra, params, metrics, step):
+  """The running sum of the batch's loss and step, and a copy of the parameters one step old."""
+  return dict(total=extra["total"] + metrics["loss"].total + step, copy=params, still=extra["still"])
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_what_is_carried_reaches_the_loss_and_moves_with_the_whole_batch(params, accumulation):
+  optimizer = optax.identity()
+  step = jax.jit(make_train_step(counting, optimizer, optax.constant_schedule(0.1), StepConfig(accumulation), count_up))
+  init = lambda params: dict(total=jnp.float32(5), copy=jax.tree.map(jnp.zeros_like, params), still=jnp.int32(7))
+  state = state_lib.create(params, optimizer, False, init)
+  expected = 5.0
+  for number in range(3):
+    state, metrics = step(state, batch(number), key())
+    assert float(metrics["seen"]) == pytest.approx(expected, rel=1e-6)
+    assert float(metrics["step"]) == number
+    expected += float(metrics["loss"].total) + number
+    assert float(state.extra["total"]) == pytest.approx(expected, rel=1e-6)
+    assert state_lib.digest(state.extra["copy"]) == state_lib.digest(state.params)
+  assert int(state.extra["still"]) == 7
+
+
+def test_a_skipped_step_carries_nothing_on(params):
+  update = lambda extra, params, metrics, step: dict(total=metrics["loss"].total)
+  step = jax.jit(make_train_step(poisoned("loss"), optax.identity(), lambda s: 0.1, StepConfig(), update))
+  state = state_lib.create(params, optax.identity(), False, lambda params: dict(total=jnp.float32(1)))
+  seen = []
+  for number in range(3):
+    state, _ = step(state, batch(number), key())
+    seen.append(float(state.extra["total"]))
+  assert seen[0] == seen[1] == seen[2] != 1

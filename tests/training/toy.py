@@ -30,8 +30,9 @@ def init(key):
   return dict(embed=normal(keys[0], V, D), layers=layers, head=normal(keys[3], D, V))
 
 
-def loss_fn(params, batch, key):
+def loss_fn(params, batch, key, carried):
   """Cross-entropy of a residual MLP with noise that derives from the example ids; rows differ in their weights."""
+  del carried
   noise_BD = jax.vmap(lambda id_: jax.random.normal(jax.random.fold_in(key, id_), (D,)))(batch.ids_B)
   x_BTD = params["embed"][batch.tokens_BT] + 0.1 * noise_BD[:, None]
 

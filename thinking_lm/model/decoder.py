@@ -5,13 +5,15 @@ may have keys of its own (a private thought so far); a plain forward pass is the
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from thinking_lm.config import option
+from thinking_lm.config import option, pick
+from thinking_lm.model.heads import HEADS
 from thinking_lm.model.layers import MASKED, Keys, RMSNorm, attention, matmul, parameter, rotate
 from thinking_lm.types import Params
 
@@ -146,7 +148,7 @@ class Decoder(nnx.Module):
   predicted, sampled, or produced by text.
   """
 
-  def __init__(self, config: ModelConfig, vocabulary_size: int, rngs: nnx.Rngs):
+  def __init__(self, config: ModelConfig, vocabulary_size: int, rngs: nnx.Rngs, heads: Sequence[str] = ()):
     self.config, self.vocabulary_size = config, vocabulary_size
     D, multiple = config.width, config.vocabulary_multiple
     rows = -(-(vocabulary_size + 3) // multiple) * multiple
@@ -161,6 +163,8 @@ class Decoder(nnx.Module):
     if config.latent_map == "linear":
       identity = nnx.with_partitioning(_identity, ("embed", None), eager_sharding=False)
       self.latent = nnx.Param(identity(None, (D, D), jnp.float32))
+    # Last, so that the other parameters are drawn the same with them and without.
+    self.heads = nnx.Dict({name: pick(HEADS, name, "head")(D, rngs) for name in sorted(heads)})
 
   @property
   def start(self) -> int:
@@ -233,18 +237,21 @@ class Model:
   """The decoder as pure functions of its parameters.
 
   init(key): params, a nested dict of float32 arrays. axes: the same dict with the logical name of every axis.
-  bind(params): a Decoder that holds them, for use inside a traced function.
+  bind(params): a Decoder that holds them, for use inside a traced function. heads: names of `heads.HEADS` that exist.
   """
 
-  def __init__(self, config: ModelConfig, vocabulary_size: int):
-    self.config, self.vocabulary_size = config, vocabulary_size
-    self._graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, vocabulary_size, nnx.Rngs(params=0))))
+  def __init__(self, config: ModelConfig, vocabulary_size: int, heads: Sequence[str] = ()):
+    self.config, self.vocabulary_size, self.heads = config, vocabulary_size, tuple(heads)
+    self._graph, state = nnx.split(nnx.eval_shape(lambda: self._fresh(0)))
     self.shapes = nnx.to_pure_dict(state)
     self.axes = _axes(state)
 
   def init(self, key) -> Params:
     """Fresh parameters."""
-    return nnx.to_pure_dict(nnx.split(Decoder(self.config, self.vocabulary_size, nnx.Rngs(params=key)))[1])
+    return nnx.to_pure_dict(nnx.split(self._fresh(key))[1])
+
+  def _fresh(self, key) -> Decoder:
+    return Decoder(self.config, self.vocabulary_size, nnx.Rngs(params=key), self.heads)
 
   def bind(self, params: Params) -> Decoder:
     """The decoder with these parameters."""

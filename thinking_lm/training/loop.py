@@ -21,7 +21,7 @@ from thinking_lm.training import state as state_lib
 from thinking_lm.training import storage, workdir, writers
 from thinking_lm.training.checkpoint import CheckpointConfig, Checkpoints, verify
 from thinking_lm.training.optimizer import OptimizerConfig, make_optimizer, make_schedule, schedule_faults
-from thinking_lm.training.step import LossFn, StepConfig, make_train_step
+from thinking_lm.training.step import CarryFn, LossFn, StepConfig, make_train_step, unchanged
 
 TOKENS = ("real_tokens", "think_tokens")
 """Metrics whose totals are shown per second."""
@@ -166,6 +166,7 @@ class Run:
   """Everything a run is made of, as plain objects.
 
   init_fn: key -> parameters. axes: see `mesh.shardings`. loss_fn: see `step.LossFn`. data: see `Data`.
+  carry_init, carry_update: what the objective carries from step to step; see `state.CarryInit` and `step.CarryFn`.
   resolved_config: nested dict of JSON values, what `config.json` will say and what another start must agree with.
   """
 
@@ -179,6 +180,8 @@ class Run:
   mesh: mesh_lib.MeshConfig
   resolved_config: Mapping[str, Any]
   hooks: Sequence[Hook] = ()
+  carry_init: state_lib.CarryInit = state_lib.nothing
+  carry_update: CarryFn = unchanged
 
 
 def train(run: Run, path: str) -> state_lib.TrainState:
@@ -255,7 +258,7 @@ def _train(run: Run, session: _Session) -> state_lib.TrainState:
       session.record("running")
       schedule = make_schedule(run.optimizer, steps)
       config = StepConfig(run.train.accumulation, run.optimizer.ema)
-      step_fn = make_train_step(run.loss_fn, optimizer, schedule, config)
+      step_fn = make_train_step(run.loss_fn, optimizer, schedule, config, run.carry_update)
       step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, mesh_lib.replicated(mesh)))
       attempt = session.status.attempt if session.status else 0
       with contextlib.closing(Board(path, run.train, progress, start, attempt)) as board:
@@ -266,7 +269,7 @@ def _start(
   run: Run, mesh: jax.sharding.Mesh, optimizer: optax.GradientTransformation, checkpoints: Checkpoints
 ) -> tuple[state_lib.TrainState, state_lib.TrainState]:
   """(The newest saved state, or the first one; the shardings of its leaves)."""
-  init = state_lib.make_init(run.init_fn, optimizer, run.optimizer.ema > 0)
+  init = state_lib.make_init(run.init_fn, optimizer, run.optimizer.ema > 0, run.carry_init)
   key = state_lib.key(run.train.seed, "init")
   abstract = jax.eval_shape(init, key)
   shardings = state_lib.shardings(abstract, run.axes, mesh)

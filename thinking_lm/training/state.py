@@ -36,7 +36,7 @@ class TrainState:
   opt_state: what the optimizer remembers.
   ema: the averaged copy of the parameters, or None.
   skips: see `Skips`.
-  extra: statistics that an objective carries from step to step (running baselines), by name.
+  extra: what an objective carries from step to step (running baselines, copies of the parameters), by name.
   """
 
   step: jax.Array
@@ -55,7 +55,19 @@ def key(seed: int, purpose: str) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), PURPOSES[purpose])
 
 
-def create(params: types.Params, optimizer: optax.GradientTransformation, ema: bool) -> TrainState:
+CarryInit = Callable[[types.Params], dict[str, Any]]
+"""Parameters before the first step -> TrainState.extra before it."""
+
+
+def nothing(params: types.Params) -> dict[str, Any]:
+  """The CarryInit of an objective that carries nothing."""
+  del params
+  return {}
+
+
+def create(
+  params: types.Params, optimizer: optax.GradientTransformation, ema: bool, carry_init: CarryInit = nothing
+) -> TrainState:
   """The state before the first step. Works under `jax.eval_shape`."""
   zero = jnp.zeros((), jnp.int32)
   return TrainState(
@@ -64,15 +76,15 @@ def create(params: types.Params, optimizer: optax.GradientTransformation, ema: b
     opt_state=optimizer.init(params),
     ema=jax.tree.map(jnp.copy, params) if ema else None,
     skips=Skips(consecutive=zero, total=zero),
-    extra={},
+    extra=carry_init(params),
   )
 
 
 def shardings(abstract: TrainState, axes: Any, mesh: Mesh) -> TrainState:
   """A NamedSharding for every leaf of the state.
 
-  Whatever has the place and the shape of a parameter within the optimizer state (moments, momentum) or the EMA is
-  split like that parameter; everything else is replicated.
+  Whatever has the place and the shape of a parameter within the optimizer state (moments, momentum), the EMA or a copy
+  in `extra` is split like that parameter; everything else is replicated.
   """
   params = mesh_lib.shardings(axes, abstract.params, mesh)
   known = {
@@ -94,10 +106,13 @@ def shardings(abstract: TrainState, axes: Any, mesh: Mesh) -> TrainState:
 
 
 def make_init(
-  init_fn: Callable[[jax.Array], types.Params], optimizer: optax.GradientTransformation, ema: bool
+  init_fn: Callable[[jax.Array], types.Params],
+  optimizer: optax.GradientTransformation,
+  ema: bool,
+  carry_init: CarryInit = nothing,
 ) -> Callable[[jax.Array], TrainState]:
   """The function key -> state before the first step; `init_fn` gives the parameters for a key."""
-  return lambda init_key: create(init_fn(init_key), optimizer, ema)
+  return lambda init_key: create(init_fn(init_key), optimizer, ema, carry_init)
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

@@ -12,8 +12,11 @@ from thinking_lm import types
 from thinking_lm.metrics import Mean
 from thinking_lm.training.state import Skips, TrainState
 
-LossFn = Callable[[types.Params, types.Batch, jax.Array], tuple[jax.Array, dict[str, Mean]]]
-"""(params, batch, key) -> (sum of the losses, metrics); `metrics['loss'].count` is what the sum is divided by."""
+LossFn = Callable[[types.Params, types.Batch, jax.Array, types.Carried], tuple[jax.Array, dict[str, Mean]]]
+"""(params, batch, key, carried) -> (sum of the losses, metrics); `metrics['loss'].count` divides the sum."""
+
+CarryFn = Callable[[dict[str, Any], types.Params, dict[str, Mean], jax.Array], dict[str, Any]]
+"""(extra, new parameters, metrics, step) -> the extra of the next step. The metrics are sums over the global batch."""
 
 StepFn = Callable[[TrainState, types.Batch, jax.Array], tuple[TrainState, dict[str, Mean]]]
 
@@ -26,7 +29,7 @@ class StepConfig:
   ema: float = 0.0
 
 
-def _split(batch: types.Batch, parts: int) -> types.Batch:
+def _split(batch: Any, parts: int) -> Any:
   """[B, ...] -> [parts, B / parts, ...]. Micro-batch a takes the rows a, a + parts, ...: a device, which holds
   consecutive rows, then has the same share of each micro-batch and nothing travels.
   """
@@ -37,22 +40,36 @@ def _split(batch: types.Batch, parts: int) -> types.Batch:
   return jax.tree.map(split, batch)
 
 
-def gradients(loss_fn: LossFn, params: types.Params, batch: types.Batch, key: jax.Array, accumulation: int):
+def unchanged(extra, params, metrics, step):
+  """The CarryFn of an objective that carries nothing, or nothing that moves."""
+  del params, metrics, step
+  return extra
+
+
+def gradients(
+  loss_fn: LossFn,
+  params: types.Params,
+  batch: types.Batch,
+  key: jax.Array,
+  accumulation: int,
+  carried: types.Carried,
+):
   """(gradient of the mean loss, metrics) over the whole batch.
 
   Sums of gradients and counts are added over the micro-batches and divided once by the global count (1 if that is
   0), so that the result does not depend on how the rows are cut. `key` is the same for all micro-batches: the loss
-  derives its randomness from `batch.ids_B`.
+  derives its randomness from `batch.ids_B`. What was drawn is cut like the rows.
   """
 
   def part(rows):
-    (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, rows, key)
+    batch, drawn = rows
+    (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key, carried.replace(drawn=drawn))
     return grads, metrics
 
   if accumulation == 1:
-    grads, metrics = part(batch)
+    grads, metrics = part((batch, carried.drawn))
   else:
-    rows = _split(batch, accumulation)
+    rows = _split((batch, carried.drawn), accumulation)
     shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], rows))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
@@ -70,21 +87,26 @@ def _select(good: jax.Array, new: Any, old: Any) -> Any:
 
 
 def make_train_step(
-  loss_fn: LossFn, optimizer: optax.GradientTransformation, schedule: optax.Schedule, config: StepConfig
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  config: StepConfig,
+  carry_update: CarryFn = unchanged,
 ) -> StepFn:
   """(state, batch, key) -> (state, metrics).
 
   key: of the purpose `train`; step s uses fold_in(key, s).
   An update is applied only if the loss and the norms of the gradient, the update and the new parameters are finite.
-  If not, parameters, optimizer state and EMA keep their bits, `state.skips` counts it, and `step` advances all the same
-  (so the next step sees other data).
+  If not, parameters, optimizer state, EMA and `extra` keep their bits, `state.skips` counts it, and `step` advances all
+  the same (so the next step sees other data).
   Metrics: those of `loss_fn`, and grad_norm (before clipping), update_norm (as applied), param_norm, learning_rate,
   skipped (0 or 1), skips_in_a_row.
   """
 
   def train_step(state: TrainState, batch: types.Batch, key: jax.Array):
     step_key = jax.random.fold_in(key, state.step)
-    grads, metrics = gradients(loss_fn, state.params, batch, step_key, config.accumulation)
+    carried = types.Carried(step=state.step, extra=state.extra)
+    grads, metrics = gradients(loss_fn, state.params, batch, step_key, config.accumulation, carried)
     directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
     rate = jnp.asarray(schedule(state.step), jnp.float32)
     updates = jax.tree.map(lambda d: -rate * d, directions)
@@ -100,8 +122,11 @@ def make_train_step(
       ema = jax.tree.map(lambda e, p: config.ema * e + (1 - config.ema) * p, state.ema, params)
     bad = (~good).astype(jnp.int32)
     skips = Skips((state.skips.consecutive + 1) * bad, state.skips.total + bad)
-    params, opt_state, ema = _select(good, (params, opt_state, ema), (state.params, state.opt_state, state.ema))
-    new_state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, skips=skips)
+    new = dict(
+      params=params, opt_state=opt_state, ema=ema, extra=carry_update(state.extra, params, metrics, state.step)
+    )
+    kept = _select(good, new, {name: getattr(state, name) for name in new})
+    new_state = state.replace(step=state.step + 1, skips=skips, **kept)
     scalars = dict(norms, learning_rate=rate, skipped=bad, skips_in_a_row=skips.consecutive)
     own = {name: Mean(jnp.asarray(x, jnp.float32), jnp.float32(1)) for name, x in scalars.items()}
     clash = own.keys() & metrics.keys()

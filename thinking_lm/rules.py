@@ -1,0 +1,56 @@
+"""What the sections of a config ask of one another: combinations that mean nothing, and parts that only some need.
+
+Rules within a section stand in its `faults()`. All of this is looked at before anything is allocated.
+"""
+
+from thinking_lm.objectives.advantages import ADVANTAGES
+from thinking_lm.objectives.objective import ObjectiveConfig
+from thinking_lm.objectives.rewards import REWARDS
+from thinking_lm.thoughts.placement import PLACEMENTS, capacity
+from thinking_lm.thoughts.spec import ThoughtConfig
+
+
+def heads(thought: ThoughtConfig, goal: ObjectiveConfig) -> tuple[str, ...]:
+  """The members of model.heads.HEADS that these sections need: no others exist as parameters."""
+  del thought, goal
+  return ()
+
+
+def room_faults(thought: ThoughtConfig, T: int) -> list[str]:
+  """Rows of T tokens (0: as long as the data's) into which not one thought fits."""
+  if thought.length and T and thought.placement in PLACEMENTS and not thought.faults() and not capacity(thought, T):
+    return [f"no thought fits into rows of data.sequence_length {T}: a smaller thought.stride or position does"]
+  return []
+
+
+def objective_faults(goal: ObjectiveConfig, thought: ThoughtConfig) -> list[str]:
+  """What an objective asks of the thoughts."""
+  found, needs = [], ADVANTAGES[goal.advantage].needs
+  for name in ("score_weight", "entropy_weight"):
+    if getattr(goal, name) and not (thought.kind_of.policy and thought.length):
+      found.append(
+        f"objective.{name} needs thoughts with a log-probability: thought.kind 'sampled' and thought.length "
+        f"above 0, got kind {thought.kind!r} and length {thought.length}"
+      )
+    elif getattr(goal, name) and thought.temperature == 0:
+      found.append(f"objective.{name} needs thought.temperature above 0: a greedy thought has no gradient")
+  if goal.score_weight and not found and thought.samples < needs:
+    found.append(
+      f"objective.advantage {goal.advantage!r} needs thought.samples of at least {needs}, got {thought.samples}"
+    )
+  if goal.base_weight and not thought.length:
+    found.append("objective.base_weight needs thought.length above 0: without thoughts nll_weight weighs the same")
+  if goal.price and not goal.score_weight:
+    found.append("objective.price is paid by the policy gradient, whose objective.score_weight is 0")
+  if thought.topology != "private":
+    absent = "needs thought.topology 'private': with 'persistent' there is no pass without thoughts"
+    if goal.base_weight:
+      found.append(f"objective.base_weight {absent}")
+    if goal.score_weight and REWARDS[goal.reward].base:
+      found.append(f"objective.reward {goal.reward!r} {absent}")
+    if goal.bound != "J" and thought.length and thought.lookahead:
+      found.append(
+        f"objective.bound {goal.bound!r} is joint over all that thoughts change: persistent thoughts need "
+        f"thought.lookahead 0 (the rest of the document), got {thought.lookahead}"
+      )
+  return found
