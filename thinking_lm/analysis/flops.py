@@ -38,6 +38,11 @@ class Ledger:
     """All but the backward pass."""
     return self.total - self.backward
 
+  @property
+  def floor(self) -> float:
+    """What a training step must do: each product once forward and twice backward, nothing drawn and scored apart."""
+    return 3 * (self.base + self.think + self.readout)
+
 
 def layer_flops(model: ModelConfig, queries: float, keys: float) -> float:
   """All layers over so many queries, each of which scores `keys` keys."""

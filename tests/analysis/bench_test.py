@@ -1,0 +1,82 @@
+"""The bench on numbers that are known, and every suite down to its compiled programs at a small shape."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from thinking_lm.analysis import bench
+from thinking_lm.analysis import bench_problem as problem
+from thinking_lm.analysis.bench import Bar, Case, Result, Variant, measure, over_floor, ratio, record, table
+
+
+def results(**seconds):
+  flops = dict(plain=10.0, think=30.0)
+  return {name: Result(Variant(name, lambda: None, flops=flops[name]), times) for name, times in seconds.items()}
+
+
+def test_ratios_are_taken_within_a_round():
+  # The machine is twice as slow in the second round; medians over rounds first would give 6 / 2.
+  found = results(plain=[1.0, 2.0, 3.0], think=[2.0, 8.0, 6.0])
+  assert ratio(found, "think", "plain") == 2.0
+  np.testing.assert_allclose(over_floor(found, "think", "plain"), 2 / 3)
+  found["think"].variant = found["think"].variant._replace(flops=0.0)
+  assert math.isnan(over_floor(found, "think", "plain"))
+
+
+def test_variants_take_turns_and_are_recorded(monkeypatch):
+  ticks = iter(range(1000))
+  monkeypatch.setattr(bench, "clock", lambda: float(next(ticks)))
+  called, told = [], []
+  variants = [
+    Variant("host", lambda: called.append("host"), compiled=False),
+    Variant("sum", lambda x: (x @ x).sum(), (jnp.ones((8, 8)),), flops=2 * 8**3, tokens=8),
+    Variant("other", lambda: called.append("other"), compiled=False),
+  ]
+  bars = (
+    Bar("met", lambda r: ratio(r, "sum", "host"), 1.0),
+    Bar("missed", lambda r: r["sum"].tokens_per_second, 9.0, at_most=False),
+  )
+  case = Case("case", lambda: variants, bars)
+  found = measure(case, 2, told.append)
+  assert called == ["host", "other"] * 3  # one call to warm up
+  assert found["sum"].seconds == [1.0, 1.0] and found["sum"].xla_flops >= 2 * 8**3
+  kept = json.loads(json.dumps(record(case, found), allow_nan=False))
+  assert kept["bars"]["met"] == dict(value=1.0, bar=1.0, met=True)
+  assert kept["bars"]["missed"] == dict(value=8.0, bar=9.0, met=False)
+  assert kept["variants"]["sum"]["over_floor"] is None  # the reference's FLOPs are unknown
+  shown = table(case, found)
+  assert "met: met: 1 (bar <= 1)" in shown and "MISSED: missed: 8 (bar >= 9)" in shown
+  assert len(told) == 5
+
+
+def test_a_case_that_is_only_compiled():
+  case = Case("compile", lambda: [Variant("sum", lambda x: jnp.sin(x).sum(), (jnp.ones(1000),))], timed=False)
+  found = measure(case, 3, lambda line: None)
+  assert found["sum"].seconds == [] and found["sum"].compile_seconds > 0
+  assert json.dumps(record(case, found), allow_nan=False) and "sum" in table(case, found)
+
+
+def test_the_decoder_by_hand_is_ours():
+  model = problem.model(17, layers=2, width=16, heads=2, mlp_width=24)
+  params, batch = problem.params(model), problem.batch(2, 5, 17)
+  for unroll in (False, True):
+    written, ours = problem.written(model, unroll=unroll), problem.plain(model)
+    np.testing.assert_allclose(written(params, batch)[0], ours(params, batch)[0], rtol=1e-5)
+    pairs = zip(*(jax.tree.leaves(problem.gradient(total)(params, batch)) for total in (written, ours)), strict=True)
+    for left, right in pairs:
+      np.testing.assert_allclose(left, right, rtol=1e-3, atol=1e-4 * np.abs(right).max())
+
+
+def test_an_unknown_suite_is_told(monkeypatch):
+  from absl import flags
+
+  import thinking_lm.bench as command
+  from thinking_lm.errors import UsageError
+
+  flags.FLAGS(["bench", "--suite=fast"])
+  with pytest.raises(UsageError, match="plain"):
+    command.main([])

@@ -1,0 +1,201 @@
+"""Measuring variants of one piece of work against each other, in one process.
+
+Two cores that others use too make absolute times worthless: what is trusted is a ratio of CPU seconds, variant against
+reference in the same round (A B C A B C ...), and its median over the rounds. An accelerator's clock is the wall's.
+A suite (bench_suites.py) is a function that gives cases; a case is a few variants and the bars that they are held to.
+"""
+
+import dataclasses
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Variant(NamedTuple):
+  """One way to do the work of a case.
+
+  function, arguments: what is timed: a pure function of arrays, or any callable of the host with compiled = False.
+  flops: FLOPs that the work needs by the ledger (not those that this variant spends): its floor; 0 if unknown.
+  tokens: what `tokens_per_second` counts.
+  """
+
+  name: str
+  function: Callable
+  arguments: tuple = ()
+  flops: float = 0.0
+  tokens: int = 0
+  compiled: bool = True
+
+
+@dataclasses.dataclass
+class Result:
+  """What was measured of a variant.
+
+  seconds: CPU seconds of each round (wall seconds on an accelerator). compile_seconds: CPU seconds of XLA.
+  temp_bytes: what the compiled program needs besides its arguments and results. xla_flops: XLA's own count, in which
+  the body of a loop counts once.
+  """
+
+  variant: Variant
+  seconds: list[float] = dataclasses.field(default_factory=list)
+  compile_seconds: float = 0.0
+  temp_bytes: int = 0
+  xla_flops: float = 0.0
+
+  @property
+  def median(self) -> float:
+    """Seconds; NaN if it was only compiled."""
+    return statistics.median(self.seconds) if self.seconds else float("nan")
+
+  @property
+  def tokens_per_second(self) -> float:
+    """Of the median."""
+    return self.variant.tokens / self.median
+
+
+Results = Mapping[str, Result]
+
+
+class Bar(NamedTuple):
+  """A number that a case is held to: `value(results)` must be at most `limit` (or at least, with at_most = False)."""
+
+  what: str
+  value: Callable[[Results], float]
+  limit: float
+  at_most: bool = True
+
+
+class Case(NamedTuple):
+  """Variants that are compared at one shape.
+
+  make: the variants, built when the case's turn comes; the first is the reference of the ratios.
+  timed: False compiles only, for memory and compile time.
+  """
+
+  name: str
+  make: Callable[[], Sequence[Variant]]
+  bars: Sequence[Bar] = ()
+  timed: bool = True
+
+
+def ratio(results: Results, name: str, other: str) -> float:
+  """Time of one variant over another's: the median over rounds of the ratio within the round."""
+  pairs = zip(results[name].seconds, results[other].seconds, strict=True)
+  return statistics.median(a / b for a, b in pairs)
+
+
+def over_floor(results: Results, name: str, other: str) -> float:
+  """Time ratio over FLOP ratio: 1 if `name` does its work at the FLOP rate of `other`."""
+  flops = [results[each].variant.flops for each in (name, other)]
+  return ratio(results, name, other) * flops[1] / flops[0] if all(flops) else float("nan")
+
+
+def clock() -> float:
+  """CPU seconds of this process where it computes itself, else wall seconds."""
+  return time.process_time() if jax.default_backend() == "cpu" else time.perf_counter()
+
+
+def measure(case: Case, rounds: int, say: Callable[[str], Any], trace: str | None = None) -> Results:
+  """Compiles all variants of a case and times them round by round.
+
+  Args:
+    say: told what is going on, a line at a time.
+    trace: a directory for a JAX profiler trace of one more round.
+  """
+  results, ready = {}, {}
+  for variant in case.make():
+    say(f"{case.name}: {variant.name}: compiling" if variant.compiled else f"{case.name}: {variant.name}")
+    results[variant.name] = result = Result(variant)
+    ready[variant.name] = variant.function
+    if variant.compiled:
+      ready[variant.name] = _compile(variant, result)
+    if case.timed:  # the first call is not like the others
+      jax.block_until_ready(ready[variant.name](*variant.arguments))
+
+  def once(name):
+    start = clock()
+    jax.block_until_ready(ready[name](*results[name].variant.arguments))
+    return clock() - start
+
+  for number in range(rounds if case.timed else 0):
+    for name, result in results.items():
+      result.seconds.append(once(name))
+    took = ", ".join(f"{name} {result.seconds[-1]:.3g} s" for name, result in results.items())
+    say(f"{case.name}: round {number + 1} of {rounds}: {took}")
+  if trace and case.timed:
+    with jax.profiler.trace(trace):
+      for name in results:
+        with jax.profiler.TraceAnnotation(f"{case.name}: {name}"):
+          once(name)
+  return results
+
+
+def _compile(variant: Variant, result: Result):
+  lowered = jax.jit(variant.function).lower(*variant.arguments)
+  start = time.process_time()
+  compiled = lowered.compile()
+  result.compile_seconds = time.process_time() - start
+  result.temp_bytes = compiled.memory_analysis().temp_size_in_bytes
+  result.xla_flops = (compiled.cost_analysis() or {}).get("flops", 0.0)
+  return compiled
+
+
+def table(case: Case, results: Results) -> str:
+  """The results of a case for people: one line a variant, one line a bar."""
+  first = next(iter(results))
+  width = max(map(len, results))
+  lines = [f"{case.name}\n  {'':{width}}     seconds    x {first[:8]:8}  x floor  tokens/s   temp MiB  compile s"]
+  for name, result in results.items():
+    timed = f"{'':43}"
+    if case.timed:
+      timed = f"{result.median:12.4g} {ratio(results, name, first):10.3f} {over_floor(results, name, first):10.3f}"
+      timed += f" {result.tokens_per_second:9.4g}"
+    lines.append(f"  {name:{width}} {timed} {result.temp_bytes / 2**20:10.1f} {result.compile_seconds:10.1f}")
+  for bar in case.bars:
+    value = bar.value(results)
+    word, sign = ("met" if _met(bar, value) else "MISSED"), ("<=" if bar.at_most else ">=")
+    lines.append(f"  {word}: {bar.what}: {value:.4g} (bar {sign} {bar.limit:g})")
+  return "\n".join(lines)
+
+
+def record(case: Case, results: Results) -> dict[str, Any]:
+  """The same for a JSON file; what is unknown is None."""
+  first = next(iter(results))
+  known = lambda value: value if value == value else None
+  variants = {
+    name: dict(
+      seconds=result.seconds,
+      median=known(result.median),
+      ratio=ratio(results, name, first) if case.timed else None,
+      over_floor=known(over_floor(results, name, first)) if case.timed else None,
+      flops=result.variant.flops,
+      xla_flops=result.xla_flops,
+      tokens=result.variant.tokens,
+      temp_bytes=result.temp_bytes,
+      compile_seconds=result.compile_seconds,
+    )
+    for name, result in results.items()
+  }
+  values = {bar.what: (bar, bar.value(results)) for bar in case.bars}
+  bars = {what: dict(value=value, bar=bar.limit, met=_met(bar, value)) for what, (bar, value) in values.items()}
+  return dict(reference=first, variants=variants, bars=bars)
+
+
+def _met(bar: Bar, value: float) -> bool:
+  return value <= bar.limit if bar.at_most else value >= bar.limit
+
+
+def hardware() -> dict[str, Any]:
+  """What it ran on."""
+  device, cpuinfo = jax.devices()[0], pathlib.Path("/proc/cpuinfo")
+  lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+  models = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
+  clock_of = "CPU seconds" if jax.default_backend() == "cpu" else "wall seconds"
+  return dict(
+    cpu=sorted(models) or [platform.processor()], device=device.device_kind, platform=device.platform, clock=clock_of
+  )

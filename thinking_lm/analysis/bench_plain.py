@@ -1,0 +1,56 @@
+"""Suite `plain`: the training step without thoughts, optimizer included."""
+
+from collections.abc import Iterator
+
+from thinking_lm.analysis import bench_problem as problem
+from thinking_lm.analysis.bench import Bar, Case, Variant, ratio
+from thinking_lm.analysis.flops import ledger
+from thinking_lm.thoughts.spec import ThoughtConfig
+
+SHAPES = ((256, 16, 256, 1.8), (32_000, 4, 256, 1.3))
+"""V, B, T, and the bar on the speed over `naive`. A decoder that multiplies activations [B, T, D] by weights as they
+are was as fast as nanodo (2,188 and 2,207 tokens/s at the first shape), whose place it takes here."""
+
+OPTIONS = dict(
+  ours=({}, 1),
+  ours_remat=(dict(remat="full"), 1),
+  ours_micro=({}, 4),
+  ours_bf16=(dict(compute_dtype="bfloat16"), 1),
+  ours_bf16_micro=(dict(compute_dtype="bfloat16"), 4),
+)
+"""Options of the model, and the number of micro-batches."""
+
+
+def cases() -> Iterator[Case]:
+  """Our step in its options, against a naive step and against the same step written by hand."""
+  bars = lambda speed: (
+    Bar(
+      "naive / our fastest float32", lambda r: max(ratio(r, "naive", name) for name in _ours(bf16=False)), speed, False
+    ),
+    Bar("bfloat16 / float32, the fastest of each", lambda r: _fastest(r, bf16=True) / _fastest(r, bf16=False), 1.0),
+    Bar("thinking code with n = 0 / by hand", lambda r: ratio(r, "ours", "by_hand"), 1.03),
+  )
+  for V, B, T, speed in SHAPES:
+    yield Case(f"V{V}_B{B}_T{T}", lambda V=V, B=B, T=T: list(variants(V, B, T)), bars(speed))
+
+
+def _ours(bf16: bool) -> list[str]:
+  return [name for name in OPTIONS if ("bf16" in name) == bf16]
+
+
+def _fastest(results, bf16: bool) -> float:
+  return min(results[name].median for name in _ours(bf16))
+
+
+def variants(V: int, B: int, T: int) -> Iterator[Variant]:
+  """By hand as in many a decoder, by hand with 2-D products and a scan over layers, and ours."""
+  model, batch = problem.model(V), problem.batch(B, T, V)
+  flops = B * ledger(model.config, V, ThoughtConfig(length=0), T, aligned=0, gradient=True).floor
+  by_hand = dict(by_hand=problem.written(model), naive=problem.written(model, product=lambda x, w: x @ w, unroll=True))
+  for name, total in by_hand.items():
+    step, state = problem.train_step(model, total)
+    yield Variant(name, step, (state, batch), flops, B * T)
+  for name, (options, accumulation) in OPTIONS.items():
+    model = problem.model(V, **options)
+    step, state = problem.train_step(model, problem.plain(model), accumulation)
+    yield Variant(name, step, (state, batch), flops, B * T)

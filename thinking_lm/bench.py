@@ -1,0 +1,99 @@
+"""Measures speed and memory against the plain step and the FLOP floor.
+
+  python -m thinking_lm.bench --suite=plain [--case=TEXT] [--rounds=5] [--output=FILE] [--profile=DIR]
+
+Variants of a case take turns in one process that is restricted to one compute thread; times are CPU seconds on a CPU
+and wall seconds on an accelerator. Prints a table for each case: median seconds, ratio to the first variant within a
+round, ratio to the floor (1 is as many FLOP/s as the first variant reaches, on the FLOPs that the work needs),
+temporary bytes and compile time by XLA; then the bars that the case is held to. Everything is written as JSON.
+
+Exit codes: 0 measured (also when a bar is missed), 64 wrong command line, 73 the result cannot be written.
+"""
+
+import datetime
+import os
+import pathlib
+import shlex
+import sys
+
+from absl import flags
+
+from thinking_lm import errors
+from thinking_lm.errors import UsageError, WorkdirError
+
+_SUITE = flags.DEFINE_string("suite", None, "What to measure; see analysis/bench_suites.py.")
+_CASE = flags.DEFINE_string("case", "", "Only the cases whose name contains this.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of every case.", lower_bound=1)
+_OUTPUT = flags.DEFINE_string("output", None, "The JSON file; default runs/bench/SUITE.json.")
+_PROFILE = flags.DEFINE_string("profile", None, "A directory for a JAX profiler trace of one more round.")
+
+ENVIRONMENT = dict(
+  NPROC="1",
+  OMP_NUM_THREADS="1",
+  MALLOC_MMAP_THRESHOLD_=str(2**33),
+  MALLOC_TRIM_THRESHOLD_=str(2**34),
+  MALLOC_TOP_PAD_=str(2**28),
+)
+"""One compute thread, and memory that is kept between calls: page faults would be a fifth of a plain step."""
+
+
+def _restrict() -> None:
+  """Starts this process again with ENVIRONMENT, which must be there before any library is loaded."""
+  wanted = dict(os.environ, **ENVIRONMENT)
+  wanted.pop("JAX_COMPILATION_CACHE_DIR", None)  # compile times are measured
+  single = "--xla_cpu_multi_thread_eigen=false"
+  if single not in wanted.get("XLA_FLAGS", ""):
+    wanted["XLA_FLAGS"] = f"{wanted.get('XLA_FLAGS', '')} {single}".strip()
+  if wanted != os.environ:
+    os.execve(sys.executable, [sys.executable, "-m", "thinking_lm.bench", *sys.argv[1:]], wanted)
+
+
+def _say(line: str) -> None:
+  print(f"bench: {line}", file=sys.stderr, flush=True)
+
+
+def main(argv) -> None:
+  """Measures, prints and writes."""
+  del argv
+  from thinking_lm.analysis import bench
+  from thinking_lm.analysis.bench_suites import SUITES
+  from thinking_lm.training import workdir
+
+  if _SUITE.value not in SUITES:
+    raise UsageError(f"--suite is one of {', '.join(SUITES)}; got {_SUITE.value!r}")
+  cases = [case for case in SUITES[_SUITE.value]() if _CASE.value in case.name]
+  if not cases:
+    known = ", ".join(case.name for case in SUITES[_SUITE.value]())
+    raise UsageError(f"no case of suite {_SUITE.value} contains {_CASE.value!r}; there are {known}")
+  record = dict(
+    suite=_SUITE.value,
+    command=shlex.join(["python", "-m", "thinking_lm.bench", *sys.argv[1:]]),
+    code=workdir.code_version(),
+    hardware=bench.hardware(),
+    load=os.getloadavg(),
+    written=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    cases={},
+  )
+  path = pathlib.Path(_OUTPUT.value or f"runs/bench/{_SUITE.value}.json")
+  for case in cases:
+    results = bench.measure(case, _ROUNDS.value, _say, _PROFILE.value)
+    print(bench.table(case, results), flush=True)
+    record["cases"][case.name] = bench.record(case, results)
+    _write(path, record)  # after every case, so that a cut run leaves what it has
+  print(f"written: {path}")
+
+
+def _write(path, record) -> None:
+  from thinking_lm.training import storage
+
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    storage.write_atomic(path, storage.canonical(record, indent=2) + "\n")
+  except OSError as error:
+    raise WorkdirError(f"cannot write {path}: {error}") from error
+
+
+if __name__ == "__main__":
+  __doc__ = __doc__.replace("%", "%%")  # What absl prints for --help.
+  _restrict()
+  errors.run(main)
