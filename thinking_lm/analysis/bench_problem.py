@@ -124,7 +124,7 @@ def written(model: Model, product: Callable = product_2d, unroll: bool = False) 
         x, _ = layer(x, jax.tree.map(lambda leaf, number=number: leaf[number], params["layers"]))
     else:
       x, _ = jax.lax.scan(layer, x, params["layers"])
-    logits = product(norm(x, params["final_norm"]), params["head"])
+    logits = product(norm(x, params["final_norm"]), params["head"])[..., : model.vocabulary_size]
     chosen = jnp.take_along_axis(logits, batch.targets_BT[..., None], axis=-1)[..., 0]
     sum_of_losses = jnp.sum(jax.nn.logsumexp(logits, axis=-1) - chosen)
     return sum_of_losses, dict(loss=Mean(sum_of_losses, jnp.float32(B * T)))
