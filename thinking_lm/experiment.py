@@ -58,7 +58,7 @@ class ExperimentConfig:
     return (
       schedule_faults(self.optimizer, self.train.steps)
       + rules.objective_faults(self.objective, self.thought)
-      + rules.room_faults(self.thought, self.data.sequence_length)
+      + rules.room_faults(self.thought, self.data.sequence_length, self.data.aligned)
     )
 
 

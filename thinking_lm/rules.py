@@ -16,9 +16,10 @@ def heads(thought: ThoughtConfig, goal: ObjectiveConfig) -> tuple[str, ...]:
   return ()
 
 
-def room_faults(thought: ThoughtConfig, T: int) -> list[str]:
-  """Rows of T tokens (0: as long as the data's) into which not one thought fits."""
-  if thought.length and T and thought.placement in PLACEMENTS and not thought.faults() and not capacity(thought, T):
+def room_faults(thought: ThoughtConfig, T: int, aligned: int) -> list[str]:
+  """Rows of T tokens (0: as long as the data's; aligned: see `placement.place`) into which not one thought fits."""
+  sound = thought.length and T and thought.placement in PLACEMENTS and not thought.faults()
+  if sound and not capacity(thought, T, aligned):
     return [f"no thought fits into rows of data.sequence_length {T}: a smaller thought.stride or position does"]
   return []
 

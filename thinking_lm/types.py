@@ -97,11 +97,13 @@ class Layout:
   block: C, real tokens of a block at most (static). A persistent stream is R blocks of C real slots, then J think
     slots; a block ends at an anchor or when it is full.
   blocks: R, enough for every row that the placement can mark (static).
+  dropped_B: int32 marked tokens that found no room among the N anchors; None where that cannot happen.
   """
 
   anchors_BN: jax.Array
   block: int = struct.field(pytree_node=False)
   blocks: int = struct.field(pytree_node=False)
+  dropped_B: jax.Array | None = None
 
 
 @struct.dataclass
@@ -141,6 +143,7 @@ class Trace:
     the same in every sample, and together with the units' targets they are all targets.
   base_outcome_BN: the outcome without any thought, where known (`private`); else None.
   outcome_hit_BGN: bool, every weighted target of the outcome is the most likely real token.
+  dropped_B: of the layout.
   """
 
   logp_BGT: jax.Array
@@ -159,3 +162,4 @@ class Trace:
   free_BT: jax.Array | None = None
   base_outcome_BN: jax.Array | None = None
   outcome_hit_BGN: jax.Array | None = None
+  dropped_B: jax.Array | None = None

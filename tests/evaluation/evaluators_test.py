@@ -9,6 +9,7 @@ import pytest
 from tests.evaluation.harness import KEY, THOUGHT, make, run
 from thinking_lm.errors import ConfigError
 from thinking_lm.evaluation import evaluators
+from thinking_lm.objectives import objective
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.types import Batch
 
@@ -64,6 +65,16 @@ def test_own_and_none_are_what_the_rollout_says(kind):
     assert (sums.count_R == 6).all() and (sums.bytes_R == 6).all() and (sums.labels_R == 6).all()
   np.testing.assert_array_equal(found.arms["none"].reference.nats_R, found.arms["own"].sums.nats_R)
   assert not np.allclose(found.arms["none"].sums.nats_R, found.arms["own"].sums.nats_R, rtol=1e-3)
+
+
+def test_thoughts_without_room_are_counted():
+  subject, params, _ = made = make(thought=LATENT | dict(room=4))
+  found = run(made, controls=["none"])
+  assert (found.anchors, found.dropped, found.think_tokens) == (13 * 4, 13 * 2, 13 * 4)
+  batch = next(subject.data.batches("train", global_batch=8))
+  told = objective.describe(jax.jit(subject.rollout)(params, batch, KEY))["thoughts_dropped"]
+  assert (float(told.total), float(told.count)) == (16, 8)
+  assert "thoughts_dropped" not in objective.describe(traces("latent")(KEY))
 
 
 @pytest.mark.parametrize("topology", ["private", "persistent"])

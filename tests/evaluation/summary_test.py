@@ -33,6 +33,7 @@ def evaluation(**changes):
     anchors=6,
     real_tokens=6,
     think_tokens=12,
+    dropped=0,
     seconds=dict(own=(1.0, 0.5)),
   )
   return Evaluation(**(fields | changes))
@@ -83,4 +84,6 @@ def test_the_table_is_aligned_and_says_everything():
   assert next(line for line in lines if line.startswith("own"))[heads.index("minus own")] == "-"
   assert "K = 4" in text and "accuracy at" in text and "answers" in text
   assert lines[-1] == "moved left out: no thought has a donor"
+  crowded = table(summarise(evaluation(dropped=2), tagging=True, task=True))
+  assert crowded.endswith("2 thoughts found no room in their rows and are left out: see thought.room")
   assert "accuracy at" not in table(summarise(evaluation(), tagging=True, task=True))

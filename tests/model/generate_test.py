@@ -1,5 +1,6 @@
 """Cached decoding against the uncached rollout of the finished text."""
 
+import dataclasses
 import functools
 
 import jax
@@ -63,7 +64,7 @@ CASES = [
   ("pause", dict(kind="pause", placement="stride", stride=2, topology="persistent")),
   ("latent", dict(kind="latent", placement="every", topology="persistent", rotary="anchor")),
   ("latent", dict(kind="latent", placement="stride", stride=2, topology="persistent", delimiters=True)),
-  ("latent", dict(kind="latent", placement="sentence", cap=2, topology="persistent")),
+  ("latent", dict(kind="latent", placement="sentence", cap=2, room=9, topology="persistent")),
   ("latent", dict(kind="latent", placement="every", topology="private", delimiters=True)),
   ("soft", dict(kind="soft", placement="explicit", positions=(0, 3), topology="private", rotary="anchor")),
   ("greedy", dict(kind="sampled", placement="every", topology="persistent", temperature=0.0)),
@@ -118,9 +119,11 @@ def test_a_row_does_not_depend_on_its_neighbours():
   np.testing.assert_array_equal(together.thoughts_BXn[0], alone.thoughts_BXn[0])
 
 
-def test_thoughts_stand_where_the_placement_says():
-  config = ThoughtConfig(length=1, kind="latent", placement="stride", stride=2, cap=2)
-  generation = decode(config)
+@pytest.mark.parametrize("placement", [dict(placement="stride", stride=2), dict(placement="every")])
+def test_thoughts_stand_where_the_placement_says(placement):
+  config = ThoughtConfig(length=1, kind="latent", cap=2, **placement)
+  # A text has all of its thoughts, up to the cap, also where a packed row would have room for one only.
+  generation = decode(dataclasses.replace(config, room=1))
   for b, prompt in enumerate(PROMPTS):
     texts = prompt + list(generation.tokens_BX[b])
     batch = rows([texts])

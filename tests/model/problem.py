@@ -1,5 +1,6 @@
 """The tiny problem on which the rollout is compared with the oracle: rows of every placement, stacked in one batch."""
 
+import collections
 import functools
 
 import jax
@@ -24,7 +25,7 @@ ROWS = (
   # placement, its options, document lengths (a negative one is padding, and so is the rest of the row)
   ("every", {}, (3, 5)),
   ("stride", dict(stride=2), (5, 2)),
-  ("sentence", dict(cap=2), (4, 3)),
+  ("sentence", dict(cap=1), (4, 3)),
   ("explicit", dict(positions=(0, 3)), (1, -1, 6)),
   ("every", {}, (6,)),
 )
@@ -66,7 +67,7 @@ BATCH = pack(TOKENS, [lengths for _, _, lengths in ROWS])
 
 def marks(batch: Batch, b: int, placement: str, options) -> list[int]:
   """Where row b is thought about, spelled out."""
-  found = []
+  found, of_document = [], collections.Counter()
   for t in range(batch.tokens_BT.shape[1]):
     position = batch.positions_BT[b, t]
     kind = VOCABULARY.sentence_V[batch.tokens_BT[b, t]]
@@ -78,9 +79,11 @@ def marks(batch: Batch, b: int, placement: str, options) -> list[int]:
       sentence=kind == 3 or (kind == 2 and after_stop),
       explicit=position in options.get("positions", ()),
     )
-    if wanted[placement] and batch.segments_BT[b, t] > 0:
+    document = int(batch.segments_BT[b, t])
+    of_document[document] += wanted[placement]
+    if wanted[placement] and document and of_document[document] <= (options.get("cap") or 99):
       found.append(t)
-  return found[: options.get("cap", 0) or None]
+  return found[: options.get("room") or None]
 
 
 ANCHORS = [marks(BATCH, b, placement, options) for b, (placement, options, _) in enumerate(ROWS)]

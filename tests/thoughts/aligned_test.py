@@ -45,7 +45,7 @@ def rows_of(aligned, T):
     (1, 1, 13, (1, 13)),
     (4, 1, 32, (7, 9)),
     (4, 1, 30, (7, 8)),
-    (8, 4, 32, (15, 5)),
+    (8, 4, 32, (8, 8)),
   ],
 )
 def test_every_token_has_a_slot_and_every_mark_a_thought(k, aligned, T, blocks):
@@ -71,17 +71,23 @@ def test_every_token_has_a_slot_and_every_mark_a_thought(k, aligned, T, blocks):
     assert (stream.thought_BN[b][len(marked) :] == S).all()
     following = [t + 1 for t in marked if t + 1 < T]
     assert (slots[following] > thoughts[: len(following)]).all()
-    if blocks[0] == k:
+    if aligned % k == 0:
       assert (slots[marked] % W == k - 1).all()  # the block of a thought is full
 
 
-def test_only_an_uncapped_stride_has_blocks_of_its_own():
-  batch = rows_of(8, 32)
-  promised = [
-    place(batch, ThoughtConfig(length=J, **options), BYTES.vocabulary, aligned=8)
-    for options in (dict(placement="stride", stride=4, cap=3), dict(placement="sentence", cap=8))
-  ]
-  assert [(layout.block, layout.blocks) for layout in promised] == [(11, 6), (4, 17)]
+@pytest.mark.parametrize("bounds", [dict(cap=1), dict(cap=2, room=5)], ids=str)
+@pytest.mark.parametrize(("k", "aligned"), [(4, 0), (4, 8), (4, 1)])
+def test_a_capped_stride_has_a_slot_for_every_token_too(k, aligned, bounds):
+  batch = rows_of(aligned, 32)
+  config = ThoughtConfig(placement="stride", stride=k, length=J, **bounds)
+  layout = jax.jit(lambda batch: place(batch, config, BYTES.vocabulary, aligned))(batch)
+  stream = jax.jit(
+    lambda batch: topology.persistent(batch, place(batch, config, BYTES.vocabulary, aligned), J, "anchor")
+  )
+  stream, W = jax.device_get(stream(batch)), layout.block + J
+  assert layout.blocks * W <= (8 * (4 + J) if aligned % k == 0 else 9 * (7 + J))
+  assert (np.diff(stream.slot_BT) > 0).all() and stream.slot_BT.max() < layout.blocks * W
+  assert (stream.slot_BT % W < layout.block).all()
 
 
 def test_the_text_config_needs_as_many_slots_as_it_has_tokens_and_thoughts():

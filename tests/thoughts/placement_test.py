@@ -5,7 +5,7 @@ import pytest
 
 from tests.model import problem
 from thinking_lm.thoughts import topology
-from thinking_lm.thoughts.placement import PLACEMENTS, blocks, capacity, place
+from thinking_lm.thoughts.placement import PLACEMENTS, blocks, capacity, markable, place
 from thinking_lm.thoughts.spec import ThoughtConfig
 
 VOCABULARY = problem.VOCABULARY
@@ -37,19 +37,25 @@ def random_rows(seed, B, T, packed=True):
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("cap", [0, 2])
+@pytest.mark.parametrize("bounds", [{}, dict(cap=2), dict(room=2), dict(cap=1, room=3)], ids=str)
 @pytest.mark.parametrize("placement,options", RULES)
-def test_marks_and_slots_of_random_rows(placement, options, cap, packed):
-  # Every mark is an anchor, every token has one slot of its own, and every thought comes right after its anchor.
+def test_marks_and_slots_of_random_rows(placement, options, bounds, packed):
+  # Every mark is an anchor, every token has one slot of its own, and every thought comes right after its anchor. The
+  # cap counts over each document; what the row has no room for is counted.
   for seed, T in enumerate((1, 5, 13)):
-    batch = random_rows(seed, 150, T, packed)
-    config = ThoughtConfig(placement=placement, length=2, cap=cap, **options)
+    batch = random_rows(seed, 60, T, packed)
+    config = ThoughtConfig(placement=placement, length=2, **options, **bounds)
     layout = place(batch, config, VOCABULARY, aligned=int(packed))
     anchors_BN = np.asarray(layout.anchors_BN)
-    assert anchors_BN.shape[1] == capacity(config, T)
-    for b in range(150):
-      marked = problem.marks(batch, b, placement, options | dict(cap=cap))
-      assert anchors_BN[b].tolist() == marked + [T] * (anchors_BN.shape[1] - len(marked))
+    N = anchors_BN.shape[1]
+    assert capacity(config, T, int(packed)) == N
+    dropped_B = np.zeros(60, int) if layout.dropped_B is None else np.asarray(layout.dropped_B)
+    for b in range(60):
+      everywhere = problem.marks(batch, b, placement, options | dict(cap=config.cap))
+      marked = problem.marks(batch, b, placement, options | bounds)
+      assert anchors_BN[b].tolist() == marked + [T] * (N - len(marked))
+      assert dropped_B[b] == len(everywhere) - len(marked)
+    assert (layout.dropped_B is None) == (not config.room or markable(config, T, int(packed)) <= config.room)
     if anchors_BN.shape[1]:
       check_stream(batch, layout, J=2)
 
@@ -77,13 +83,22 @@ def check_stream(batch, layout, J):
 
 def test_bounds_are_not_generous():
   # A stride needs no more than a block for each full stride and one for the rest.
-  assert blocks(ThoughtConfig(placement="stride", stride=4), 32, 8, aligned=0) == (4, 8)
-  assert blocks(ThoughtConfig(placement="stride", stride=4), 32, 8, aligned=1) == (7, 9)
+  assert blocks(ThoughtConfig(placement="stride", stride=4, length=2), 32, 8, aligned=0) == (4, 8)
+  assert blocks(ThoughtConfig(placement="stride", stride=4, length=2), 32, 8, aligned=1) == (7, 9)
   assert blocks(ThoughtConfig(placement="every"), 32, 32, aligned=1) == (1, 32)
-  assert capacity(ThoughtConfig(placement="stride", stride=4, length=1), 33) == 8
-  assert capacity(ThoughtConfig(placement="explicit", positions=(0, 31), length=1), 32) == 32  # one-token documents
-  assert capacity(ThoughtConfig(placement="explicit", positions=(15, 31), length=1), 32) == 2
-  assert capacity(ThoughtConfig(placement="every", length=1, cap=3), 32) == 3
+  N = lambda T, aligned, **options: capacity(ThoughtConfig(length=1, **options), T, aligned)
+  assert N(33, 1, placement="stride", stride=4) == 8
+  assert N(32, 1, placement="explicit", positions=(0, 31)) == 32  # one-token documents
+  assert N(32, 1, placement="explicit", positions=(15, 31)) == 2
+  assert N(32, 0, placement="explicit", positions=(0, 31)) == 2
+  assert N(32, 1, placement="explicit", positions=(15, 3, 31), cap=1) == 8
+  # A cap of 3: one document a row; documents that start at multiples of 8; and such of one token each.
+  assert [N(32, aligned, placement="every", cap=3) for aligned in (0, 8, 1)] == [3, 12, 32]
+  assert [N(32, aligned, placement="every", cap=3, room=5) for aligned in (0, 8, 1)] == [3, 5, 5]
+  # Few thoughts in a row of long strides: blocks of k are fewer slots than blocks for N anchors anywhere.
+  assert blocks(ThoughtConfig(placement="stride", stride=4, cap=2, length=1), 32, 2, aligned=0) == (4, 8)
+  assert blocks(ThoughtConfig(placement="stride", stride=4, cap=1, length=9), 32, 1, aligned=0) == (32, 2)
+  assert blocks(ThoughtConfig(placement="sentence", room=8), 32, 8, aligned=1) == (4, 14)
 
 
 @pytest.mark.parametrize("placement,options", RULES)
@@ -121,5 +136,5 @@ def test_padding_is_never_thought_about():
 
 def test_sentences_end_at_a_full_stop_and_a_space_of_the_same_document():
   batch = problem.pack([[1, 2, 2, 3, 1, 1, 2, 0], [0, 1, 2, 1, 2, 3, 0, 0]], [(8,), (4, 3)])
-  config = ThoughtConfig(placement="sentence", cap=4, length=1)
+  config = ThoughtConfig(placement="sentence", room=4, length=1)
   assert np.asarray(place(batch, config, VOCABULARY).anchors_BN).tolist() == [[1, 3, 6, 8], [2, 5, 8, 8]]

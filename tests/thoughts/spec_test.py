@@ -28,7 +28,7 @@ from thinking_lm.thoughts.topology import TOPOLOGIES
     (dict(temperature=1e-9), "is neither 0 (the most likely token) nor at least 0.001"),
     (dict(kind="latent", length=1, halting="stop"), "needs kind 'sampled', which can draw STOP"),
     (dict(placement="explicit"), "placement 'explicit' needs positions"),
-    (dict(placement="sentence", length=1), "placement 'sentence' needs a cap"),
+    (dict(placement="sentence", length=1, cap=2), "placement 'sentence' needs room: shapes are static"),
     (dict(placement="none", length=1), "placement 'none' never thinks"),
     (dict(stride=0), "config.stride must be at least 1, got 0"),
     (dict(positions=(1, -1)), "config.positions must be at least 0, got -1"),
@@ -67,7 +67,7 @@ def test_all_faults_are_told_at_once():
 
 
 def test_every_kind_goes_with_every_topology_and_placement():
-  options = dict(explicit=dict(positions=(1,)), sentence=dict(cap=2))
+  options = dict(explicit=dict(positions=(1,)), sentence=dict(room=2))
   for kind, topology, placement in itertools.product(KINDS, TOPOLOGIES, PLACEMENTS):
     if placement != "none":
       values = dict(kind=kind, topology=topology, placement=placement, length=2, **options.get(placement, {}))

@@ -60,7 +60,7 @@ def ledger(
     aligned: as of `placement.place`; decides how many slots a persistent stream has.
     gradient: with a backward pass: twice the forward products, and recomputation.
   """
-  N = capacity(thought, T)
+  N = capacity(thought, T, aligned)
   rows = -(-(vocabulary_size + 3) // model.vocabulary_multiple) * model.vocabulary_multiple
   head = 2.0 * model.width * rows
   if not N:

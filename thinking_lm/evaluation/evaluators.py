@@ -79,7 +79,8 @@ class Evaluation:
 
   ids_R: row of the split. arms: control -> Arm, the reference first. draws: K -> Draws. omitted: what was asked for and
   could not be had -> why. generated: task score of each generated answer, or None. anchors: how many thoughts there
-  are. seconds: part -> (of the first batch, which compiles; of all others).
+  are. dropped: thoughts that found no room in their rows. seconds: part -> (of the first batch, which compiles; of all
+  others).
   """
 
   split: str
@@ -91,6 +92,7 @@ class Evaluation:
   anchors: int
   real_tokens: int
   think_tokens: int
+  dropped: int
   seconds: Mapping[str, tuple[float, float]]
 
   @property
@@ -149,11 +151,12 @@ class Runner:
     return before, np.zeros(trace.valid_BN.shape[1], bool)
 
   def _think(self, params, batch, key, before, before_N):
-    """(Source, what the next batch has before it, think tokens used)."""
+    """(Source, what the next batch has before it, think tokens used, thoughts that had no room)."""
     trace = self.subject.rollout(params, batch, jax.random.fold_in(key, 0), thought=self.thought)
     decoder = self.subject.model.bind(params)
     source = Source(trace.thoughts, trace.valid_BN, decoder.embed(decoder.pause), before, before_N)
-    return source, latest(source), trace.used_BGN.sum()
+    dropped = 0 if trace.dropped_B is None else trace.dropped_B.sum()
+    return source, latest(source), trace.used_BGN.sum(), dropped
 
   def _turn(self, control):
     def turn(batch, source):
@@ -248,7 +251,7 @@ class Collector:
     self._draws: dict[int, list[Draws]] = {k: [] for k in self._mixer.samples}
     self._ids: list[np.ndarray] = []
     self._before = None
-    self._anchors = self._real = self._think = 0
+    self._anchors = self._real = self._think = self._dropped = 0
     self._seconds: dict[str, list[float]] = {}
 
   def _timed(self, part: str, function, *arguments):
@@ -264,9 +267,10 @@ class Collector:
     source = None
     if self._runner.thought.length:
       before = self._before or self._runner.first(params, batch)
-      source, after, used = self._timed("thinking", self._runner.think, params, batch, key, *before)
+      source, after, used, dropped = self._timed("thinking", self._runner.think, params, batch, key, *before)
       self._before = jax.device_get(after)  # on the host: a later batch then compiles nothing new
       self._think += int(used)
+      self._dropped += int(dropped)
       self._anchors += int(source.valid_BN.sum())
     asked_BT = asked(self._data, self._split, host)
     reference = None
@@ -314,6 +318,7 @@ class Collector:
       anchors=self._anchors,
       real_tokens=self._real,
       think_tokens=self._think,
+      dropped=self._dropped,
       seconds={part: (seconds[0], sum(seconds[1:])) for part, seconds in self._seconds.items()},
     )
 

@@ -29,6 +29,7 @@ def summarise(found: Evaluation, tagging: bool, task: bool) -> dict[str, Any]:
     split=found.split,
     rows=len(found.ids_R),
     thoughts=found.anchors,
+    thoughts_dropped=found.dropped,
     real_tokens=found.real_tokens,
     think_tokens=found.think_tokens,
     intervals=INTERVALS,
@@ -127,6 +128,10 @@ def table(summary: Mapping[str, Any], positions: bool = False) -> str:
     rows = [(str(t), *("-" if x is None else f"{x:.3f}" for x in row)) for t, row in enumerate(by_T)]
     blocks.append(aligned([("accuracy at", *names), *rows]))
   notes = [f"{name} left out: {reason}" for name, reason in summary["omitted"].items()]
+  if summary["thoughts_dropped"]:
+    notes.append(
+      f"{summary['thoughts_dropped']} thoughts found no room in their rows and are left out: see thought.room"
+    )
   return "\n\n".join([*blocks, "\n".join(notes)] if notes else blocks)
 
 

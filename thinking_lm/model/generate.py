@@ -4,6 +4,7 @@ A step feeds the newest real token, thinks where the placement says so, and draw
 Nobody thinks in a step where no row is at an anchor: the think slots are then really skipped.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -65,7 +66,7 @@ def generate(
   """Continues each prompt until its document ends or max_tokens are drawn.
 
   Args:
-    config: a ThoughtConfig; its samples, look-ahead and rescoring play no part.
+    config: a ThoughtConfig; its samples, look-ahead, rescoring and `room` (a bound of packed rows) play no part.
     prompts: rows of one document each from position 0, padded on the right (segment 0); at least one token a row.
     key: together with `prompts.ids_B` it decides what is drawn, for thoughts and real tokens alike.
   """
@@ -137,7 +138,7 @@ def _prefill(decoder: Decoder, config, prompts: Batch, vocabulary, keys_B, max_t
   length_B = jnp.sum(prompts.segments_BT > 0, axis=1)
   inside_BT = jnp.arange(T) < length_B[:, None] - 1
   batch = prompts.replace(segments_BT=jnp.where(inside_BT, prompts.segments_BT, 0))
-  layout = place(batch, config, vocabulary, aligned=0)
+  layout = place(batch, dataclasses.replace(config, room=0), vocabulary, aligned=0)
   N = layout.anchors_BN.shape[1]
   thoughts_B = jnp.sum(layout.anchors_BN < T, axis=1)
   moved_B = jnp.zeros_like(length_B)

@@ -234,6 +234,7 @@ def _trace(decoder, config, batch, layout, thoughts, policy, logp_BGT, hit_BGT, 
     valid_BN=valid_BN,
     used_BGN=jnp.where(valid_BGN, used_BGN, 0),
     thoughts=jax.lax.stop_gradient(thoughts),
+    dropped_B=layout.dropped_B,
   )
 
 

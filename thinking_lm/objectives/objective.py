@@ -113,7 +113,8 @@ def describe(trace: Trace) -> dict[str, Mean]:
   """What every trace tells, for training and evaluation alike.
 
   nll: nats per target with thoughts, mean over samples. accuracy: the target is the most likely token. nll_base: the
-  same targets without thoughts, where known. think_length, think_entropy: per thought. thoughts: per row.
+  same targets without thoughts, where known. think_length, think_entropy: per thought. thoughts: per row, and
+  thoughts_dropped those that found no room in it (there only if a row can have more thoughts than thought.room).
   """
   trace = jax.lax.stop_gradient(trace)
   valid_BGN = jnp.broadcast_to(trace.valid_BN[:, None], trace.used_BGN.shape)
@@ -130,6 +131,8 @@ def describe(trace: Trace) -> dict[str, Mean]:
       think_entropy=Mean.of(trace.entropy_BGN, valid_BGN),
       thoughts=Mean(trace.valid_BN.sum().astype(jnp.float32), rows),
     )
+  if trace.dropped_B is not None:
+    found["thoughts_dropped"] = Mean.of(trace.dropped_B, jnp.ones(trace.dropped_B.shape))
   return found
 
 

@@ -18,7 +18,13 @@ class ThoughtConfig:
   placement: str = option("every", "WHERE: which real tokens are followed by a thought", choices=PLACEMENTS)
   stride: int = option(8, "placement=stride: think after every so many tokens of a document", low=1)
   positions: tuple[int, ...] = option((), "placement=explicit: think after these positions of each document", low=0)
-  cap: int = option(0, "most thoughts in a row, the first ones; 0 means as many as fit (sentence needs a cap)", low=0)
+  cap: int = option(0, "most thoughts in a document, the first ones; 0: as many as the placement says", low=0)
+  room: int = option(
+    0,
+    "thoughts that a row has room for, the first ones; others are dropped and counted as thoughts_dropped. 0: as many "
+    "as there can be (sentence needs a number)",
+    low=0,
+  )
   topology: str = option("persistent", "WHICH: who sees a thought", choices=TOPOLOGIES)
   rotary: str = option("anchor", "rotary positions: thoughts advance them, or share their anchor's", choices=ROTARY)
   kind: str = option("latent", "WHAT: the kind of a think token", choices=KINDS)
@@ -60,8 +66,8 @@ class ThoughtConfig:
     found += self._schedule_faults()
     if self.placement == "explicit" and not self.positions:
       found.append("placement 'explicit' needs positions, such as (3, 7)")
-    if self.length and self.placement == "sentence" and not self.cap:
-      found.append("placement 'sentence' needs a cap: shapes are static, and every token could end a sentence")
+    if self.length and self.placement == "sentence" and not self.room:
+      found.append("placement 'sentence' needs room: shapes are static, and every token of a row could end a sentence")
     if self.length and kind and self.halting in HALTING and HALTING[self.halting].draws and not kind.discrete:
       found.append(f"halting {self.halting!r} needs kind 'sampled', which can draw STOP; got {self.kind!r}")
     if self.length and self.placement == "none":
