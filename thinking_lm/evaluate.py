@@ -39,6 +39,12 @@ _SAMPLES = flags.DEFINE_list("samples", ["1", "8", "32"], "The K of log-mean-exp
 _AVERAGED = flags.DEFINE_bool("averaged", False, "The moving average of the parameters (runs with optimizer.ema).")
 _POSITIONS = flags.DEFINE_bool("positions", False, "Also print accuracy by position, for tasks that label every token.")
 _GENERATE = flags.DEFINE_bool("generate", True, "Also score greedily generated answers, for tasks that ask for text.")
+_PLACES = dict(
+  input=flags.DEFINE_string("data", "", "Where the run's data.input lies now; may also be other data."),
+  validation_input=flags.DEFINE_string("validation_data", "", "The same for data.validation_input."),
+  test_input=flags.DEFINE_string("test_data", "", "The same for data.test_input."),
+  tokenizer=flags.DEFINE_string("tokenizer", "", "Where the run's tokenizer lies now, as in data.tokenizer."),
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the thoughts that are drawn.", lower_bound=0, upper_bound=2**32 - 1)
 
 
@@ -75,7 +81,9 @@ def main(argv) -> None:
   from thinking_lm.training import mesh as mesh_lib
   from thinking_lm.training import state, workdir
 
-  subject, params, step = experiment.load(_WORKDIR.value, _AVERAGED.value)
+  subject, params, step = experiment.load(
+    _WORKDIR.value, _AVERAGED.value, places={name: flag.value for name, flag in _PLACES.items()}
+  )
   if not subject.data.rows(_SPLIT.value):
     full = [name for name in subject.data.splits if subject.data.rows(name)]
     raise ConfigError(f"this run's data has no {_SPLIT.value} rows; there are {', '.join(full)}")

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from absl import logging
 
 from thinking_lm import config as config_lib
 from thinking_lm import rules
@@ -30,7 +31,7 @@ from thinking_lm.model.rollout import rollout
 from thinking_lm.objectives.objective import ObjectiveConfig, objective, volume
 from thinking_lm.thoughts.placement import place
 from thinking_lm.thoughts.spec import ThoughtConfig
-from thinking_lm.training.checkpoint import CheckpointConfig, read_params
+from thinking_lm.training.checkpoint import CheckpointConfig, read_manifest, read_params
 from thinking_lm.training.loop import Run, TrainConfig
 from thinking_lm.training.mesh import MeshConfig, device_faults, global_batch, make_mesh, shardings
 from thinking_lm.training.optimizer import OptimizerConfig, schedule_faults
@@ -150,6 +151,7 @@ class Experiment:
       optimizer=c.optimizer,
       mesh=c.mesh,
       resolved_config=config_lib.to_config_dict(c).to_dict(),
+      record=dict(tokenizer=self.data.tokenizer.digest),
       hooks=hooks(c.evaluation, self, random_key(c.train.seed, "evaluate"), put),
     )
 
@@ -185,21 +187,33 @@ class Experiment:
     ]
 
 
-def build(config: ExperimentConfig) -> Experiment:
-  """Reads the data and sets up the model; no parameters yet. Raises ConfigError or DataError."""
-  data = pipeline.build(config.data)
+def build(config: ExperimentConfig, rows: bool = True) -> Experiment:
+  """Reads the data and sets up the model; no parameters yet. Paths of data become absolute.
+
+  Args:
+    rows: false reads the tokenizer only, for somebody who brings the texts.
+
+  Raises:
+    ConfigError, DataError: as of `pipeline.build`.
+  """
+  config = dataclasses.replace(config, data=pipeline.locate(config.data))
+  data = (pipeline.build if rows else pipeline.without_rows)(config.data)
   return Experiment(
     config, data, Model(config.model, data.vocabulary.size, rules.heads(config.thought, config.objective))
   )
 
 
-def load(workdir: str, averaged: bool = False) -> tuple[Experiment, Params, int]:
+def load(
+  workdir: str, averaged: bool = False, rows: bool = True, places: Mapping[str, str] | None = None
+) -> tuple[Experiment, Params, int]:
   """(Experiment, parameters, step) of a trained work directory, for evaluation and generation. Changes nothing there.
 
   The parameters are split over all devices that there are, whatever mesh the run had.
 
   Args:
     averaged: the moving average of the parameters, for a run with optimizer.ema.
+    rows: as of `build`.
+    places: where the data lies now: option of `pipeline.PLACES` -> its value, for those that are not as they were.
 
   Raises:
     ConfigError: there is no config, or the checkpoint is of another one. DataError: no checkpoint is intact.
@@ -212,7 +226,13 @@ def load(workdir: str, averaged: bool = False) -> tuple[Experiment, Params, int]
     values = json.loads(file.read_text())
   except ValueError as error:
     raise ConfigError(f"{file} is not JSON: {error}") from error
-  built = build(parse(values))
+  values["data"] = values.get("data", {}) | {name: place for name, place in (places or {}).items() if place}
+  config = parse(values)
+  try:
+    built = build(config, rows)
+  except ConfigError as error:
+    flags = "--data, --validation_data, --test_data or --tokenizer" if rows else "--tokenizer"
+    raise ConfigError(f"{error} (the config of {path} says so; {flags} may name another place)") from error
   if averaged and not built.config.optimizer.ema:
     raise ConfigError(f"{path} has no averaged parameters: it was trained with optimizer.ema 0")
   everything = make_mesh(MeshConfig(data=1, fsdp=-1))
@@ -222,4 +242,9 @@ def load(workdir: str, averaged: bool = False) -> tuple[Experiment, Params, int]
     shardings(built.axes, built.model.shapes, everything),
   )
   step, params = read_params(path / "checkpoints", placed, averaged)
+  manifest = read_manifest(path / "checkpoints" / str(step))
+  if manifest.get("tokenizer", built.data.tokenizer.digest) != built.data.tokenizer.digest:
+    raise ConfigError(f"{path} was trained with another tokenizer than {built.config.data.tokenizer}")
+  if rows and manifest["identity"]["data"] != built.data.digest:
+    logging.warning("these rows are not those of the run %s: its data says something else now, or is other data", path)
   return built, params, step

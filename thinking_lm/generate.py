@@ -31,6 +31,7 @@ _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens on
 _SEED = flags.DEFINE_integer("seed", 0, "Of everything that is drawn.", lower_bound=0, upper_bound=2**32 - 1)
 _THOUGHTS = flags.DEFINE_enum("thoughts", "hidden", ["hidden", "shown"], "Whether thoughts are printed.")
 _OUTPUT = flags.DEFINE_string("output", None, "Also write JSON lines to this file.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", "", "Where the run's tokenizer lies now, as in data.tokenizer.")
 _AVERAGED = flags.DEFINE_bool("averaged", False, "The moving average of the parameters (runs with optimizer.ema).")
 
 
@@ -55,7 +56,9 @@ def main(argv) -> None:
   from thinking_lm.model.generate import Sampling
   from thinking_lm.training import state
 
-  subject, params, step = experiment.load(_WORKDIR.value, _AVERAGED.value)
+  subject, params, step = experiment.load(
+    _WORKDIR.value, _AVERAGED.value, rows=False, places=dict(tokenizer=_TOKENIZER.value)
+  )
   if subject.data.task is not None and subject.data.task.tagging:
     raise ConfigError(
       f"this model labels every token of a {subject.config.data.task.name}: there is no text to continue; see "

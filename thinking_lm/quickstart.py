@@ -185,7 +185,7 @@ def sample(directory: pathlib.Path) -> str:
   from thinking_lm.model.generate import Sampling
   from thinking_lm.training import state
 
-  subject, params, _ = experiment.load(str(directory))
+  subject, params, _ = experiment.load(str(directory), rows=False)
   prompt = b"The statement "
   made = subject.generate(params, [prompt], state.key(0, "generate"), Sampling(160, temperature=0.7))
   text = display.continuation(subject.data.tokenizer, made, 0, thoughts=True, colour=sys.stdout.isatty())

@@ -213,6 +213,30 @@ def end_with_parent(index: int, count: int) -> None:
   threading.Thread(target=watch, daemon=True).start()
 
 
+PLACES = ("input", "validation_input", "test_input", "tokenizer")
+"""Options that say where the data lies, and nothing about what it says."""
+
+
+def locate(options: DataConfig) -> DataConfig:
+  """The options with absolute paths: the same files from any directory."""
+  globs = {name: getattr(options, name).split(",") for name in PLACES[:-1]}
+  found = {
+    name: ",".join(sources.absolute(part.strip()) for part in parts if part.strip()) for name, parts in globs.items()
+  }
+  kind, path = tokenizer.split_name(options.tokenizer)
+  if path:
+    found["tokenizer"] = f"{kind}:{sources.absolute(path)}"
+  return dataclasses.replace(options, **found)
+
+
+def without_rows(options: DataConfig) -> Data:
+  """`build` for those who only turn texts into tokens and back: no corpus is read, no split has rows, no digest."""
+  if options.source == "task":
+    return _build_task(options)
+  encoder = tokenizer.from_name(options.tokenizer)
+  return Data(options, encoder.vocabulary, encoder, "", options.sequence_length, None, {}, {})
+
+
 def build(options: DataConfig) -> Data:
   """Reads, checks and indexes the data.
 
@@ -225,7 +249,7 @@ def build(options: DataConfig) -> Data:
 
 def _digest(options: DataConfig, contents: Mapping[str, str], encoder: tokenizer.Tokenizer) -> str:
   """Of contents, tokenizer and options; where the data lies and how fast it is read do not count."""
-  ignored = {"input", "validation_input", "test_input", "tokenizer", "memory_limit_mb", "verify"}
+  ignored = {*PLACES, "memory_limit_mb", "verify"}
   ignored |= {"threads", "prefetch", "workers"} | ({"task"} if options.source != "task" else set())
   kept = {name: value for name, value in dataclasses.asdict(options).items() if name not in ignored}
   text = json.dumps([ROWS_VERSION, kept, contents, encoder.digest], sort_keys=True)

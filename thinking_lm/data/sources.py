@@ -85,6 +85,11 @@ def is_remote(path: epath.PathLike) -> bool:
   return "://" in os.fspath(path)
 
 
+def absolute(path: str) -> str:
+  """A path or glob that means the same from any directory; `~` is understood, object stores are left as they are."""
+  return path if is_remote(path) else os.path.abspath(os.path.expanduser(path))
+
+
 def _glob(pattern: str, option: str) -> list[epath.Path]:
   """Files that a pattern matches. `**` is for local paths only: in an object store it could list millions."""
   try:

@@ -223,11 +223,17 @@ class SentencePieceTokenizer:
 FILE_TOKENIZERS = dict(tokenizers=JsonTokenizer, sentencepiece=SentencePieceTokenizer)
 
 
+def split_name(name: str) -> tuple[str, str]:
+  """The kind and the path of what `data.tokenizer` names; no path for `bytes`."""
+  kind, _, path = name.partition(":")
+  return kind, path
+
+
 def from_name(name: str) -> Tokenizer:
   """The tokenizer that `data.tokenizer` names: `bytes`, `tokenizers:PATH` or `sentencepiece:PATH`."""
   if name == "bytes":
     return ByteTokenizer()
-  kind, _, path = name.partition(":")
+  kind, path = split_name(name)
   if kind not in FILE_TOKENIZERS or not path:
     raise ConfigError(f"unknown tokenizer {name!r}; known: bytes, tokenizers:PATH, sentencepiece:PATH")
   return FILE_TOKENIZERS[kind](path)

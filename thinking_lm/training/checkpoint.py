@@ -55,7 +55,7 @@ def verify(directory: epath.Path) -> dict[str, Any]:
   Raises:
     DataError: what is wrong, without the path of the step.
   """
-  manifest = _read_manifest(directory)
+  manifest = read_manifest(directory)
   present = {os.fspath(path.relative_to(directory)): path for path in _files(directory / ARRAYS)}
   wrong = sorted(present.keys() ^ manifest["files"].keys())
   if wrong:
@@ -74,7 +74,8 @@ def verify(directory: epath.Path) -> dict[str, Any]:
   return manifest
 
 
-def _read_manifest(directory: epath.Path) -> dict[str, Any]:
+def read_manifest(directory: epath.Path) -> dict[str, Any]:
+  """The manifest of a step, if it is whole; the arrays are not looked at. Raises DataError."""
   path = directory / MANIFEST
   if not path.exists():
     raise DataError("no manifest")
@@ -158,7 +159,7 @@ def load(directory: epath.Path, abstract: Any, prefix: str = "") -> Any:
   Raises:
     ConfigError: one line for every leaf that is missing, unknown or of another shape or type.
   """
-  saved = _read_manifest(directory)["schema"]
+  saved = read_manifest(directory)["schema"]
   wanted = {prefix + name: leaf for name, leaf in named_leaves(abstract).items()}
   saved = {name: shape for name, shape in saved.items() if name.startswith(prefix)}
   _compare(directory, saved, {prefix + name: shape for name, shape in schema(abstract).items()})
@@ -250,7 +251,7 @@ class Checkpoints:
       step = int(multihost_utils.broadcast_one_to_all(jnp.int32(step)))
     if step < 0:
       return None
-    manifest = _read_manifest(self.path(step))
+    manifest = read_manifest(self.path(step))
     faults = [
       f"{name} of checkpoint {self.path(step)} is {manifest['identity'].get(name)!r}, now it is {value!r}"
       for name, value in self._identity.items()

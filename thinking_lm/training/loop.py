@@ -168,6 +168,7 @@ class Run:
   init_fn: key -> parameters. axes: see `mesh.shardings`. loss_fn: see `step.LossFn`. data: see `Data`.
   carry_init, carry_update: what the objective carries from step to step; see `state.CarryInit` and `step.CarryFn`.
   resolved_config: nested dict of JSON values, what `config.json` will say and what another start must agree with.
+  record: what every checkpoint's manifest says besides, for its readers.
   """
 
   init_fn: Callable[[jax.Array], types.Params]
@@ -180,6 +181,7 @@ class Run:
   mesh: mesh_lib.MeshConfig
   resolved_config: Mapping[str, Any]
   hooks: Sequence[Hook] = ()
+  record: Mapping[str, str] = dataclasses.field(default_factory=dict)
   carry_init: state_lib.CarryInit = state_lib.nothing
   carry_update: CarryFn = unchanged
 
@@ -243,7 +245,9 @@ def _train(run: Run, session: _Session) -> state_lib.TrainState:
   path, steps = session.path, run.train.steps
   if session.status is not None:
     code = workdir.write_versions(path, jax.devices())
-    session.checkpoints.record.update(code=code, config=storage.sha256(storage.canonical(run.resolved_config)))
+    session.checkpoints.record.update(
+      run.record, code=code, config=storage.sha256(storage.canonical(run.resolved_config))
+    )
   optimizer = make_optimizer(run.optimizer, run.axes)
   with jax.set_mesh(mesh):
     state, shardings = _start(run, mesh, optimizer, session.checkpoints)

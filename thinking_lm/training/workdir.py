@@ -22,6 +22,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
+from thinking_lm.data import sources
 from thinking_lm.errors import ConfigError, WorkdirError
 from thinking_lm.training import storage
 
@@ -52,9 +53,8 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 
 
 def resolve(path: str) -> epath.Path:
-  """The absolute path of a work directory; `~` is understood, object stores are left as they are."""
-  path = epath.Path(path)
-  return epath.Path(os.path.abspath(os.path.expanduser(path))) if storage.is_local(path) else path
+  """The absolute path of a work directory, as of `sources.absolute`."""
+  return epath.Path(sources.absolute(os.fspath(path)))
 
 
 @contextlib.contextmanager
