@@ -9,12 +9,13 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHIPPED = sorted(path for name in ("thinking_lm", "configs", "xm_launch") for path in (ROOT / name).rglob("*.py"))
 FILES = SHIPPED + sorted((ROOT / "tests").rglob("*.py"))
 
-GLOSSARY = {"types", "metrics", "errors", "config"}
+GLOSSARY = {"types", "metrics", "errors", "config", "sharding"}
 BELOW = GLOSSARY | {"data", "thoughts", "model", "objectives"}
 MAY_IMPORT = {
   "__init__": set(),
   "errors": set(),
   "types": set(),
+  "sharding": set(),
   "metrics": GLOSSARY,
   "config": GLOSSARY,
   "recipes": GLOSSARY,

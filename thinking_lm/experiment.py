@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 
 from thinking_lm import config as config_lib
 from thinking_lm import rules
@@ -137,10 +138,14 @@ class Experiment:
     loss, metrics = objective(self.config.objective, trace)
     return loss, metrics | volume(trace, batch, self.data.vocabulary)
 
-  def run(self) -> Run:
-    """What `training.loop.train` trains. Raises ConfigError if the mesh does not fit the devices."""
+  def run(self, mesh: Mesh | None = None) -> Run:
+    """What `training.loop.train` trains.
+
+    Args:
+      mesh: of devices that are not here, for a plan. None: the config's; raises ConfigError if it does not fit.
+    """
     c = self.config
-    put = functools.partial(global_batch, make_mesh(c.mesh))
+    put = functools.partial(global_batch, mesh or make_mesh(c.mesh))
     return Run(
       init_fn=self.init,
       axes=self.axes,
@@ -201,6 +206,16 @@ def build(config: ExperimentConfig, rows: bool = True) -> Experiment:
   return Experiment(
     config, data, Model(config.model, data.vocabulary.size, rules.heads(config.thought, config.objective))
   )
+
+
+def sketch(config: ExperimentConfig) -> Experiment:
+  """The Experiment of a config without reading its data, to compile what it would run.
+
+  The vocabulary is a stand-in of `data.vocabulary_size` ids, or the tokenizer's own where that is 0; a task, which has
+  no files, is built. Raises ConfigError or DataError if the tokenizer is not to be had.
+  """
+  data = pipeline.sketch(config.data)
+  return Experiment(config, data, Model(config.model, data.vocabulary.size))
 
 
 def load(

@@ -39,6 +39,9 @@ class DataConfig:
   test_input: str = config.option("", "the same for test, instead of a share of `input`")
   field: str = config.option("text", "jsonl: the field that holds the text")
   tokenizer: str = config.option("bytes", "bytes, tokenizers:PATH or sentencepiece:PATH; a task brings its own")
+  vocabulary_size: int = config.option(
+    0, "ids that the tokenizer must have, so that a plan needs no tokenizer; 0: as many as it has", low=0
+  )
   sequence_length: int = config.option(256, "tokens of a row; 0: as long as the task's longest example", low=0)
   packing: bool = config.option(True, "rows cut from one stream of all documents; otherwise one document a row")
   align: int = config.option(
@@ -65,6 +68,8 @@ class DataConfig:
   def faults(self) -> list[str]:
     """Rules across fields."""
     faults = []
+    if self.vocabulary_size and self.source == "task":
+      faults.append("vocabulary_size is for source=text, jsonl, arrayrecord: a task brings its own tokenizer")
     if self.sequence_length == 0 and self.source != "task":
       faults.append(f"sequence_length=0 is for source=task; give the tokens of a row for source={self.source}")
     if self.source in ("default", "task") and (self.input or self.validation_input or self.test_input):
@@ -114,7 +119,8 @@ class BatchMaker:
 class Data:
   """What `build` gives.
 
-  vocabulary, tokenizer: of the tokens. digest: hexadecimal sha256 of everything that decides which example has which
+  vocabulary, tokenizer: of the tokens (a sketch has no tokenizer and no splits).
+  digest: hexadecimal sha256 of everything that decides which example has which
   number: source content, tokenizer, and the options that change rows or order. sequence_length: T. task: the synthetic
   task, or None. counts: how often something was mended or skipped because the config asked for it, and how many
   documents of a `validation_input` or `test_input` also stand in `input`.
@@ -122,7 +128,7 @@ class Data:
 
   options: DataConfig
   vocabulary: types.Vocabulary
-  tokenizer: tokenizer.Tokenizer
+  tokenizer: tokenizer.Tokenizer | None
   digest: str
   sequence_length: int
   task: tasks.Task | None
@@ -241,16 +247,42 @@ def build(options: DataConfig) -> Data:
   """Reads, checks and indexes the data.
 
   Raises:
-    ConfigError: a glob without files, an unknown tokenizer, a prepared directory of another tokenizer.
+    ConfigError: a glob without files, an unknown tokenizer or one of another `vocabulary_size`, a prepared directory of
+      another tokenizer.
     DataError: unusable content; the message names the file, line or document.
   """
-  return _build_task(options) if options.source == "task" else _build_documents(options)
+  if options.source == "task":
+    return _build_task(options)
+  encoder = _encoder(options)
+  return _build_documents(options, encoder)
+
+
+def sketch(options: DataConfig) -> Data:
+  """What `build` gives of data that is not read: no rows, and a stand-in for a vocabulary whose size is given."""
+  if options.source == "task":
+    return _build_task(options)
+  size = options.vocabulary_size
+  if size:
+    vocabulary = types.Vocabulary(size, 0, np.ones(size, np.int32), np.zeros(size, np.int8))
+  else:
+    vocabulary = _encoder(options).vocabulary
+  return Data(options, vocabulary, None, "", options.sequence_length, None, {}, {})
+
+
+def _encoder(options: DataConfig) -> tokenizer.Tokenizer:
+  encoder = tokenizer.from_name(options.tokenizer)
+  size = encoder.vocabulary.size
+  if options.vocabulary_size not in (0, size):
+    raise ConfigError(
+      f"data.vocabulary_size is {options.vocabulary_size}, but tokenizer {options.tokenizer!r} has {size} ids"
+    )
+  return encoder
 
 
 def _digest(options: DataConfig, contents: Mapping[str, str], encoder: tokenizer.Tokenizer) -> str:
   """Of contents, tokenizer and options; where the data lies and how fast it is read do not count."""
   ignored = {*PLACES, "memory_limit_mb", "verify"}
-  ignored |= {"threads", "prefetch", "workers"} | ({"task"} if options.source != "task" else set())
+  ignored |= {"threads", "prefetch", "workers", "vocabulary_size"} | ({"task"} if options.source != "task" else set())
   kept = {name: value for name, value in dataclasses.asdict(options).items() if name not in ignored}
   text = json.dumps([ROWS_VERSION, kept, contents, encoder.digest], sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()
@@ -270,8 +302,7 @@ def _build_task(options: DataConfig) -> Data:
   return Data(options, task.tokenizer.vocabulary, task.tokenizer, digest, length, task, {}, splits)
 
 
-def _build_documents(options: DataConfig) -> Data:
-  encoder = tokenizer.from_name(options.tokenizer)
+def _build_documents(options: DataConfig, encoder: tokenizer.Tokenizer) -> Data:
   counts: dict[str, int] = {}
   parts, contents = _parts(options, encoder, counts)
   make = functools.partial(PackedRows, align=options.align) if options.packing else DocumentRows

@@ -15,6 +15,7 @@ from flax import nnx
 from thinking_lm.config import option, pick
 from thinking_lm.model.heads import HEADS
 from thinking_lm.model.layers import MASKED, Keys, RMSNorm, attention, matmul, parameter, rotate
+from thinking_lm.sharding import constrain
 from thinking_lm.types import Params
 
 REMAT = dict(
@@ -23,6 +24,9 @@ REMAT = dict(
   full=jax.checkpoint,
 )
 """What the backward pass keeps of a layer: everything, matrix products with weights, or only the layer's input."""
+
+ACTIVATIONS = ("batch", "streams", "length", None)
+"""Logical axes of x_BPQD."""
 
 DTYPES = dict(float32=jnp.float32, bfloat16=jnp.bfloat16)
 
@@ -226,10 +230,11 @@ class Decoder(nnx.Module):
         None if seen is None else Keys(cache.k, cache.v, seen.mask_BPQS)
         for seen, cache in ((past, past_cache), (own, own_cache))
       )
-      return nnx.merge(graph, params)(x, positions_BPQ, mask_BPQQ, *sets)
+      x, new = nnx.merge(graph, params)(x, positions_BPQ, mask_BPQQ, *sets)
+      return constrain(x, *ACTIVATIONS), new
 
     caches = (None if seen is None else seen.cache for seen in (past, own))
-    x, (k, v) = jax.lax.scan(REMAT[self.config.remat](body), x_BPQD, (layers, *caches))
+    x, (k, v) = jax.lax.scan(REMAT[self.config.remat](body), constrain(x_BPQD, *ACTIVATIONS), (layers, *caches))
     return self.final_norm(x), Cache(k, v)
 
 

@@ -7,43 +7,52 @@ not with positions x samples x vocabulary.
 import jax
 import jax.numpy as jnp
 
+from thinking_lm import sharding
+
 CHUNK = 8192
-"""Hidden states whose logits exist at once."""
+"""Hidden states whose logits a device holds at once."""
 
 
-def target_logp(decoder, hidden_XD, targets_X):
-  """(log p(target), target is the most likely token) of each hidden state; float32 nats and bool, shape [...]."""
+def target_logp(decoder, hidden_BXD, targets_BX):
+  """(log p(target), target is the most likely token) of each hidden state; float32 nats and bool, shape [B, ...]."""
 
   def one(hidden, targets):
     logits = decoder.logits(hidden)
-    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
 
-  return _chunked(one, hidden_XD, targets_X)
+  return _chunked(one, hidden_BXD, targets_BX)
 
 
-def policy(decoder, config, hidden_XD, thoughts):
+def policy(decoder, config, hidden_BXD, thoughts):
   """(log pi, entropy) of the think token that follows each hidden state, nats; of the kind, see `tokens.KINDS`."""
   return _chunked(
     lambda h, x, z: config.kind_of.policy(decoder, h, x, z, config),
-    *(hidden_XD, thoughts.inputs_BGNJD, thoughts.tokens_BGNJ),
+    *(hidden_BXD, thoughts.inputs_BGNJD, thoughts.tokens_BGNJ),
   )
 
 
 def _chunked(function, *arrays):
-  """function over the flattened leading axes, rematerialised, at most CHUNK states at a time.
+  """function over the states of all rows, rematerialised, at most CHUNK states of a device at a time.
 
-  The last array has no axes but these; the others have one more.
+  A chunk holds states of every row, and from the whole length of each, so that what is split between devices stays
+  where it is. The last array has no axes but those of the states, [B, ...]; the others have one more.
   """
   leading = arrays[-1].shape
-  flat = [a.reshape(-1, *a.shape[len(leading) :]) for a in arrays]
+  flat = [a.reshape(leading[0], -1, *a.shape[len(leading) :]) for a in arrays]
+  (B, X), ways = flat[-1].shape, sharding.ways("length")
+  chunk = max(1, CHUNK * sharding.ways("batch") // B) * ways
   function = jax.checkpoint(function)
-  count = len(flat[0])
-  if count <= CHUNK:
-    results = function(*flat)
+  if chunk >= X:
+    results = function(*(_split(a, 0) for a in flat))
   else:
-    pad = -count % CHUNK
-    split = lambda a: jnp.pad(a, [(0, pad)] + [(0, 0)] * (a.ndim - 1)).reshape(-1, CHUNK, *a.shape[1:])
-    results = jax.lax.map(lambda chunk: function(*chunk), [split(a) for a in flat])
-    results = jax.tree.map(lambda a: a.reshape(-1)[:count], results)
+    pad = lambda a: jnp.pad(a, [(0, 0), (0, -X % chunk)] + [(0, 0)] * (a.ndim - 2))
+    cut = lambda a: jnp.moveaxis(pad(a).reshape(B, chunk, -1, *a.shape[2:]), 2, 0)
+    results = jax.lax.map(lambda part: function(*part), [_split(cut(a), 1) for a in flat])
+    results = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 2).reshape(B, -1)[:, :X], results)
   return jax.tree.map(lambda a: a.reshape(leading), results)
+
+
+def _split(a, first: int):
+  """The array with rows and states, its axes `first` and `first + 1`, where the batch's are."""
+  return sharding.constrain(a, *[None] * first, "batch", "length", *[None] * (a.ndim - first - 2))

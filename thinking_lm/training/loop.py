@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
-import optax
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
@@ -240,6 +239,40 @@ class _Session:
       self.status.write(state, self.checkpoints.committed, reason)
 
 
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What a run compiles for a mesh. Nothing is allocated, so that a pod's can be compiled where there is no pod.
+
+  init: key -> the state before the first step. state: its ShapeDtypeStructs with their shardings. step: the jitted
+  training step.
+  """
+
+  init: Callable[[jax.Array], state_lib.TrainState]
+  state: state_lib.TrainState
+  step: Callable
+
+  @property
+  def shardings(self) -> state_lib.TrainState:
+    """A sharding for every leaf of the state."""
+    return jax.tree.map(lambda leaf: leaf.sharding, self.state)
+
+
+def program(run: Run, mesh: jax.sharding.Mesh) -> Program:
+  """The program of a run; call its functions under `jax.set_mesh(mesh)`."""
+  optimizer = make_optimizer(run.optimizer, run.axes)
+  init = state_lib.make_init(run.init_fn, optimizer, run.optimizer.ema > 0, run.carry_init)
+  abstract = jax.eval_shape(init, state_lib.key(run.train.seed, "init"))
+  shardings = state_lib.shardings(abstract, run.axes, mesh)
+  placed = jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+  )
+  schedule = make_schedule(run.optimizer, run.train.steps)
+  config = StepConfig(run.train.accumulation, run.optimizer.ema)
+  step = make_train_step(run.loss_fn, optimizer, schedule, config, run.carry_update)
+  step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, mesh_lib.replicated(mesh)))
+  return Program(init, placed, step)
+
+
 def _train(run: Run, session: _Session) -> state_lib.TrainState:
   mesh = mesh_lib.make_mesh(run.mesh)
   path, steps = session.path, run.train.steps
@@ -248,9 +281,11 @@ def _train(run: Run, session: _Session) -> state_lib.TrainState:
     session.checkpoints.record.update(
       run.record, code=code, config=storage.sha256(storage.canonical(run.resolved_config))
     )
-  optimizer = make_optimizer(run.optimizer, run.axes)
   with jax.set_mesh(mesh):
-    state, shardings = _start(run, mesh, optimizer, session.checkpoints)
+    made = program(run, mesh)
+    state = session.checkpoints.restore(made.state)
+    if state is None:
+      state = jax.jit(made.init, out_shardings=made.shardings)(state_lib.key(run.train.seed, "init"))
     start = int(state.step)
     if start > steps:
       raise ConfigError(f"config.train.steps {steps} is below the {start} steps that are finished in {path}")
@@ -260,30 +295,9 @@ def _train(run: Run, session: _Session) -> state_lib.TrainState:
         return state
       progress.say(f"{'going on from' if start else 'starting at'} step {start} in {path}")
       session.record("running")
-      schedule = make_schedule(run.optimizer, steps)
-      config = StepConfig(run.train.accumulation, run.optimizer.ema)
-      step_fn = make_train_step(run.loss_fn, optimizer, schedule, config, run.carry_update)
-      step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, mesh_lib.replicated(mesh)))
       attempt = session.status.attempt if session.status else 0
       with contextlib.closing(Board(path, run.train, progress, start, attempt)) as board:
-        return _steps(run, session, board, step_fn, state)
-
-
-def _start(
-  run: Run, mesh: jax.sharding.Mesh, optimizer: optax.GradientTransformation, checkpoints: Checkpoints
-) -> tuple[state_lib.TrainState, state_lib.TrainState]:
-  """(The newest saved state, or the first one; the shardings of its leaves)."""
-  init = state_lib.make_init(run.init_fn, optimizer, run.optimizer.ema > 0, run.carry_init)
-  key = state_lib.key(run.train.seed, "init")
-  abstract = jax.eval_shape(init, key)
-  shardings = state_lib.shardings(abstract, run.axes, mesh)
-  placed = jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
-  )
-  state = checkpoints.restore(placed)
-  if state is None:
-    state = jax.jit(init, out_shardings=shardings)(key)
-  return state, shardings
+        return _steps(run, session, board, made.step, state)
 
 
 def _steps(run: Run, session: _Session, board: Board, step_fn, state: state_lib.TrainState) -> state_lib.TrainState:

@@ -1,4 +1,4 @@
-"""The device mesh, the one table from logical axis names to mesh axes, and host rows to global arrays."""
+"""The device mesh, how it splits parameters (by the rules of `sharding.py`), and host rows to global arrays."""
 
 import dataclasses
 import math
@@ -6,32 +6,22 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from thinking_lm import types
 from thinking_lm.config import option
 from thinking_lm.errors import ConfigError
-
-RULES = dict(
-  batch=("data", "fsdp"),
-  length="sequence",
-  layers=None,
-  embed="fsdp",
-  mlp="tensor",
-  heads="tensor",
-  kv_heads="tensor",
-  head_dim=None,
-  vocab="tensor",
-)
-"""Logical axis name -> mesh axis or axes that split it; None keeps it whole. The model names axes, only this table
-says what happens to them. A mesh axis splits one dimension of an array at most: the first that asks for it."""
+from thinking_lm.sharding import spec
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
   """How many devices split each direction; the product is the number of devices of all hosts."""
 
-  data: int = option(-1, "copies of the parameters, each with its own rows; -1 = all remaining devices", low=-1)
+  data: int = option(
+    -1, "copies of the parameters, each with its own rows, over all slices; -1 = all remaining devices", low=-1
+  )
   fsdp: int = option(1, "devices that share the rows and hold a part of every parameter each; -1 as above", low=-1)
   tensor: int = option(1, "devices that split heads, MLP and vocabulary; -1 as above", low=-1)
   sequence: int = option(1, "devices that split the tokens of a row; -1 as above", low=-1)
@@ -60,12 +50,28 @@ def resolve(config: MeshConfig, devices: int) -> dict[str, int]:
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-  """The mesh of `devices` (default: all) that `config` asks for. Raises ConfigError as of `resolve`."""
-  devices = jax.devices() if devices is None else devices
+  """The mesh of `devices` (default: all) that `config` asks for. The data axis goes over slices, all others within one.
+
+  Raises:
+    ConfigError: as of `resolve`, or a data axis that the slices do not divide.
+  """
+  devices = list(jax.devices() if devices is None else devices)
   sizes = resolve(config, len(devices))
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if sizes["data"] % slices:
+    raise ConfigError(
+      f"config.mesh.data {sizes['data']} is not a multiple of the {slices} slices: only copies of the parameters are "
+      "worth their traffic over the data-centre network"
+    )
+  shape = tuple(sizes.values())
+  # A torus dimension may serve two mesh axes: a 16 x 16 slice has no other way to a tensor axis of 4.
+  if slices == 1:
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  else:
+    within, across = (sizes["data"] // slices, *shape[1:]), (slices, *(1,) * (len(shape) - 1))
+    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
   # Auto: the compiler propagates shardings; Explicit (the library's default) would need them on every operation.
-  types_ = (AxisType.Auto,) * len(sizes)
-  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types_, devices=devices)
+  return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def device_faults(config: MeshConfig, batch_size: int, accumulation: int, devices: int, processes: int) -> list[str]:
@@ -84,30 +90,6 @@ def device_faults(config: MeshConfig, batch_size: int, accumulation: int, device
   if batch_size % processes:
     faults.append(f"config.train.batch_size {batch_size} is not a multiple of the {processes} processes")
   return faults
-
-
-def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-  """How an array with these logical axes is split. A dimension that its mesh axes do not divide stays whole.
-
-  Raises:
-    ValueError: an axis that `RULES` does not know, or another number of axes than dimensions.
-  """
-  if len(axes) != len(shape):
-    raise ValueError(f"axes {axes} do not name the {len(shape)} dimensions of shape {shape}")
-  taken: set[str] = set()
-  parts = []
-  for name, size in zip(axes, shape, strict=True):
-    if name is not None and name not in RULES:
-      raise ValueError(f"unknown logical axis {name!r}; known: {', '.join(RULES)}")
-    rule = RULES[name] if name is not None else None
-    wanted = (rule,) if isinstance(rule, str) else (rule or ())
-    fits = size % math.prod(mesh.shape[axis] for axis in wanted) == 0
-    if not wanted or taken.intersection(wanted) or not fits:
-      parts.append(None)
-      continue
-    taken.update(wanted)
-    parts.append(rule)
-  return PartitionSpec(*parts)
 
 
 def shardings(axes: Any, shapes: types.Params, mesh: Mesh) -> Any:
@@ -132,13 +114,28 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+  """How an array of a batch is split: its rows, and the tokens of a row."""
+  axes = ("batch", "length", *(None,) * (len(shape) - 2))[: len(shape)]
+  return NamedSharding(mesh, spec(axes, shape, mesh))
+
+
+def abstract_batch(mesh: Mesh, rows: int, length: int) -> types.Batch:
+  """The ShapeDtypeStructs of a global batch."""
+
+  def leaf(kind, *shape):
+    return jax.ShapeDtypeStruct(shape, kind, sharding=batch_sharding(mesh, shape))
+
+  integers = [leaf(np.int32, rows, length) for _ in range(4)]
+  return types.Batch(*integers[:2], leaf(np.float32, rows, length), *integers[2:], leaf(np.uint32, rows))
+
+
 def global_batch(mesh: Mesh, host_batch: types.Batch) -> types.Batch:
   """The global batch of device arrays of which this process holds `host_batch`, its consecutive share of the rows."""
 
   def place(rows: np.ndarray) -> jax.Array:
     rows = np.asarray(rows)
     shape = (rows.shape[0] * jax.process_count(), *rows.shape[1:])
-    axes = ("batch", "length", *(None,) * (rows.ndim - 2))[: rows.ndim]
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, spec(axes, shape, mesh)), rows, shape)
+    return jax.make_array_from_process_local_data(batch_sharding(mesh, shape), rows, shape)
 
   return jax.tree.map(place, host_batch)

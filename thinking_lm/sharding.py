@@ -1,0 +1,70 @@
+"""The one table from logical axis names to mesh axes, and what it says of an array.
+
+The model names the axes of its parameters and of its activations; only `RULES` says what happens to them. Outside
+`jax.set_mesh` nothing is constrained, so that the same code runs on one device.
+"""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+RULES = dict(
+  batch=("data", "fsdp"),
+  streams="sequence",
+  length="sequence",
+  layers=None,
+  embed="fsdp",
+  mlp="tensor",
+  heads="tensor",
+  kv_heads="tensor",
+  vocab="tensor",
+)
+"""Logical axis name -> mesh axis or axes that split it; None keeps it whole. A mesh axis splits one dimension of an
+array at most: the first that asks for it and that it divides.
+
+batch: rows. streams, length: P and Q of a call of the decoder, T of a batch. The others are of parameters."""
+
+
+def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+  """How an array with these logical axes is split. A dimension that its mesh axes do not divide stays whole.
+
+  Raises:
+    ValueError: an axis that `RULES` does not know, or another number of axes than dimensions.
+  """
+  if len(axes) != len(shape):
+    raise ValueError(f"axes {axes} do not name the {len(shape)} dimensions of shape {shape}")
+  taken: set[str] = set()
+  parts = []
+  for name, size in zip(axes, shape, strict=True):
+    if name is not None and name not in RULES:
+      raise ValueError(f"unknown logical axis {name!r}; known: {', '.join(RULES)}")
+    rule = RULES[name] if name is not None else None
+    wanted = (rule,) if isinstance(rule, str) else (rule or ())
+    fits = size % math.prod(mesh.shape[axis] for axis in wanted) == 0
+    if not wanted or taken.intersection(wanted) or not fits:
+      parts.append(None)
+      continue
+    taken.update(wanted)
+    parts.append(rule)
+  return PartitionSpec(*parts)
+
+
+def ways(axis: str) -> int:
+  """How many devices of the present mesh split a logical axis; 1 outside `jax.set_mesh`."""
+  mesh, rule = jax.sharding.get_abstract_mesh(), RULES[axis]
+  wanted = (rule,) if isinstance(rule, str) else (rule or ())
+  return 1 if mesh.empty else math.prod(mesh.shape[name] for name in wanted)
+
+
+def constrain(values: Any, *axes: str | None) -> Any:
+  """Arrays of one rank, each split as `spec` says on the present mesh; as they are where there is none.
+
+  The compiler guesses well between constraints, but must be told at loops and reshapes: there it otherwise gathers
+  activations instead of weights.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return values
+  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh)), values)
