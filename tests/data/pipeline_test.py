@@ -351,3 +351,13 @@ def test_the_default_corpus_builds():
   text = b"".join(data.tokenizer.decode(batch.tokens_BT[0]) for batch in data.evaluation_batches("test", batch_size=1))
   topics = [d for d in sources.embedded_documents() if sources.embedded_split(d.name) == "test"]
   assert text.startswith(topics[0].data[:1000])
+
+
+def test_a_sketch_reads_nothing_and_a_declared_vocabulary_is_held_to():
+  options = pipeline.DataConfig(source="arrayrecord", input="nowhere", tokenizer="sentencepiece:no", vocabulary_size=99)
+  made = pipeline.sketch(options)
+  assert made.vocabulary.size == len(made.vocabulary.bytes_V) == 99 and made.sequence_length == 256
+  assert pipeline.sketch(pipeline.DataConfig()).vocabulary.size == pipeline.build(pipeline.DataConfig()).vocabulary.size
+  with pytest.raises(ConfigError, match="vocabulary_size is 99, but tokenizer 'bytes' has"):
+    pipeline.build(pipeline.DataConfig(vocabulary_size=99))
+  assert pipeline.DataConfig(source="task", vocabulary_size=3).faults()

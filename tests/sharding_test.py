@@ -1,0 +1,66 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from thinking_lm import sharding
+from thinking_lm.errors import ConfigError
+from thinking_lm.model import readout
+from thinking_lm.training.mesh import MeshConfig, make_mesh
+
+
+def test_what_does_not_divide_leaves_its_devices_to_the_next_axis():
+  mesh = make_mesh(MeshConfig(data=2, sequence=4))
+  axes = ("batch", "streams", "length", None)
+  assert sharding.spec(axes, (2, 1, 8, 3), mesh) == P(("data", "fsdp"), None, "sequence", None)
+  assert sharding.spec(axes, (2, 8, 8, 3), mesh) == P(("data", "fsdp"), "sequence", None, None)
+
+
+def test_nothing_is_constrained_without_a_mesh():
+  x = jnp.zeros((2, 4))
+  assert sharding.ways("batch") == 1 and sharding.constrain(x, "batch", "length") is x
+
+
+def test_a_constraint_holds_on_the_mesh():
+  mesh = make_mesh(MeshConfig(data=2, sequence=4))
+  with jax.set_mesh(mesh):
+    split = jax.jit(lambda x: sharding.constrain(x + 1, "batch", "length"))(jnp.zeros((4, 8)))
+    ways = jax.jit(lambda x: x * sharding.ways("batch"))(1)
+  assert split.sharding.shard_shape((4, 8)) == (2, 2) and ways == 2
+
+
+class Head:
+  """Logits are the hidden states."""
+
+  logits = staticmethod(lambda hidden: hidden)
+
+
+@pytest.mark.parametrize("shape", [dict(), dict(data=2, sequence=4), dict(data=4, tensor=2)])
+def test_chunks_of_the_readout_are_the_whole_and_keep_rows_in_their_place(monkeypatch, shape):
+  monkeypatch.setattr(readout, "CHUNK", 6)
+  rng = np.random.default_rng(0)
+  hidden, targets = rng.normal(size=(4, 3, 5, 7)).astype(np.float32), rng.integers(0, 7, (4, 3, 5))
+  with jax.set_mesh(make_mesh(MeshConfig(**shape))):
+    logp, hit = jax.jit(lambda h, y: readout.target_logp(Head, h, y))(hidden, targets)
+  double = hidden.astype(np.float64)
+  expected = np.take_along_axis(double - np.log(np.exp(double).sum(-1, keepdims=True)), targets[..., None], -1)[..., 0]
+  np.testing.assert_allclose(logp, expected, rtol=1e-5)
+  np.testing.assert_array_equal(hit, double.argmax(-1) == targets)
+
+
+class Chip:
+  """A device as a mesh sees it."""
+
+  platform, process_index, device_kind = "pretended", 0, "pretended"
+
+  def __init__(self, number, slice_index):
+    self.id, self.slice_index = number, slice_index
+
+
+def test_slices_are_crossed_by_copies_of_the_parameters_only():
+  chips = [Chip(number, number // 4) for number in range(8)]
+  with pytest.raises(ConfigError, match="data 1 is not a multiple of the 2 slices"):
+    make_mesh(MeshConfig(data=1, fsdp=8), chips)
+  mesh = make_mesh(MeshConfig(data=4, tensor=2), chips)
+  assert [{chip.slice_index for chip in row.flat} for row in mesh.devices] == [{0}, {0}, {1}, {1}]
