@@ -202,10 +202,12 @@ def build(config: ExperimentConfig, rows: bool = True) -> Experiment:
     ConfigError, DataError: as of `pipeline.build`.
   """
   config = dataclasses.replace(config, data=pipeline.locate(config.data))
-  data = (pipeline.build if rows else pipeline.without_rows)(config.data)
-  return Experiment(
-    config, data, Model(config.model, data.vocabulary.size, rules.heads(config.thought, config.objective))
-  )
+  return _wired(config, (pipeline.build if rows else pipeline.without_rows)(config.data))
+
+
+def _wired(config: ExperimentConfig, data: pipeline.Data) -> Experiment:
+  heads = rules.heads(config.thought, config.objective)
+  return Experiment(config, data, Model(config.model, data.vocabulary.size, heads))
 
 
 def sketch(config: ExperimentConfig) -> Experiment:
@@ -214,8 +216,7 @@ def sketch(config: ExperimentConfig) -> Experiment:
   The vocabulary is a stand-in of `data.vocabulary_size` ids, or the tokenizer's own where that is 0; a task, which has
   no files, is built. Raises ConfigError or DataError if the tokenizer is not to be had.
   """
-  data = pipeline.sketch(config.data)
-  return Experiment(config, data, Model(config.model, data.vocabulary.size))
+  return _wired(config, pipeline.sketch(config.data))
 
 
 def load(

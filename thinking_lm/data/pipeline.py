@@ -239,8 +239,17 @@ def without_rows(options: DataConfig) -> Data:
   """`build` for those who only turn texts into tokens and back: no corpus is read, no split has rows, no digest."""
   if options.source == "task":
     return _build_task(options)
-  encoder = tokenizer.from_name(options.tokenizer)
+  encoder = _encoder(options)
   return Data(options, encoder.vocabulary, encoder, "", options.sequence_length, None, {}, {})
+
+
+def sketch(options: DataConfig) -> Data:
+  """`without_rows` that needs no tokenizer either where `vocabulary_size` says how many ids it has."""
+  size = options.vocabulary_size
+  if not size:
+    return without_rows(options)
+  vocabulary = types.Vocabulary(size, 0, np.ones(size, np.int32), np.zeros(size, np.int8))
+  return Data(options, vocabulary, None, "", options.sequence_length, None, {}, {})
 
 
 def build(options: DataConfig) -> Data:
@@ -253,20 +262,7 @@ def build(options: DataConfig) -> Data:
   """
   if options.source == "task":
     return _build_task(options)
-  encoder = _encoder(options)
-  return _build_documents(options, encoder)
-
-
-def sketch(options: DataConfig) -> Data:
-  """What `build` gives of data that is not read: no rows, and a stand-in for a vocabulary whose size is given."""
-  if options.source == "task":
-    return _build_task(options)
-  size = options.vocabulary_size
-  if size:
-    vocabulary = types.Vocabulary(size, 0, np.ones(size, np.int32), np.zeros(size, np.int8))
-  else:
-    vocabulary = _encoder(options).vocabulary
-  return Data(options, vocabulary, None, "", options.sequence_length, None, {}, {})
+  return _build_documents(options, _encoder(options))
 
 
 def _encoder(options: DataConfig) -> tokenizer.Tokenizer:
