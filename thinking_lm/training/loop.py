@@ -202,6 +202,9 @@ def train(run: Run, path: str) -> state_lib.TrainState:
   if faults:
     raise ConfigError(faults)
   path = workdir.resolve(path)
+  workdir.agree_processes(
+    workdir.flatten(run.resolved_config, "config.") | {"--workdir": str(path), "the data": run.data.digest}
+  )
   with contextlib.ExitStack() as stack:
     signals = stack.enter_context(Signals())
     status = None

@@ -19,8 +19,11 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
+import numpy as np
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 
 from thinking_lm.data import sources
 from thinking_lm.errors import ConfigError, WorkdirError
@@ -122,6 +125,31 @@ def agree_config(path: epath.Path, config: Mapping[str, Any]) -> None:
     for line in lines.values():
       logging.warning("the config of %s changes, %s", path, line)
   storage.write_atomic(file, storage.canonical(config, indent=2) + "\n")
+
+
+def agree_processes(values: Mapping[str, Any]) -> None:
+  """Does nothing if all processes of the job have the same flat `values`; process 0 is right.
+
+  Raises:
+    ConfigError: on every process, one line for every key in which a process differs.
+  """
+  if jax.process_count() == 1:
+    return
+  names = sorted(values)
+  number = lambda value: np.uint32(int(storage.sha256(storage.canonical(value))[:8], 16))
+  if len(np.unique(multihost_utils.process_allgather(number(names)))) > 1:
+    raise ConfigError("the processes of this job run different versions of the code: their configs have other keys")
+  faults = []
+  numbers_PX = multihost_utils.process_allgather(np.array([number(values[name]) for name in names]))
+  for name, number_P in zip(names, numbers_PX.T, strict=True):
+    others = [str(process) for process in np.flatnonzero(number_P != number_P[0])]
+    if others:
+      here = f"here, on process {jax.process_index()}, it is {storage.canonical(values[name])}"
+      faults.append(
+        f"{name} differs between process 0 and {', '.join(others)}: {here}; start all with the same command"
+      )
+  if faults:
+    raise ConfigError(faults)
 
 
 def _show(values: Mapping[str, Any], key: str) -> str:

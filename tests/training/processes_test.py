@@ -1,0 +1,99 @@
+"""Several processes of one job, each a real one that finds the others as under a cluster's launcher (here: Slurm's)."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from tests.training.harness import ROOT
+from thinking_lm.training import checkpoint
+from thinking_lm.training.writers import read_rows
+
+FLAGS = (
+  "--config=configs/word_problem.py:hybrid",
+  "--config.train.steps=4",
+  "--config.train.batch_size=8",
+  "--config.train.log_every=1",
+  "--config.train.tensorboard=False",
+  "--config.optimizer.warmup_steps=2",
+  "--config.checkpoint.every=2",
+  "--config.data.task.length=4",
+  "--config.data.task.eval_examples=21",
+  "--config.model.width=16",
+  "--config.evaluation.every=3",
+  "--config.mesh.fsdp=2",
+)
+
+
+def start(count: int, devices: int, workdir, flags_of=lambda process: ()):
+  """Runs a job of so many processes with so many devices each to its end: [(exit code, stdout, stderr)]."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  jobs = []
+  for process in range(count):
+    flags = [*FLAGS, f"--workdir={workdir}", *flags_of(process)]
+    environment = dict(
+      os.environ,
+      JAX_PLATFORMS="cpu",
+      XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+    )
+    if count > 1:
+      flags.append("--config.train.distributed=True")
+      environment |= dict(JAX_COORDINATOR_PORT=str(port), SLURM_JOB_ID="1", SLURM_STEP_NODELIST="localhost")
+      environment |= dict(SLURM_NTASKS=str(count), SLURM_PROCID=str(process), SLURM_LOCALID=str(process))
+    command = [sys.executable, "-m", "thinking_lm.train", *flags]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    jobs.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+  try:
+    return [(job.returncode, *out) for job in jobs for out in [job.communicate(timeout=300)]]
+  finally:
+    for job in jobs:
+      job.kill()
+      job.wait()
+
+
+def last_state(workdir):
+  """name -> array of the last checkpoint."""
+  step, _ = checkpoint.survey(checkpoint.epath.Path(workdir / "checkpoints"))
+  directory = checkpoint.epath.Path(workdir / "checkpoints" / str(step))
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  schema = checkpoint.verify(directory)["schema"]
+  leaves = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, (shape, dtype) in schema.items()}
+  return step, jax.device_get(ocp.load(directory / checkpoint.ARRAYS, leaves))
+
+
+def numbers(workdir):
+  """The rows of a run without what depends on the clock."""
+  timed = ("_per_second", "wait_", "time", "seconds", "attempt")
+  rows = read_rows(workdir / "metrics.jsonl")
+  return [{name: value for name, value in row.items() if not any(part in name for part in timed)} for row in rows]
+
+
+def test_processes_train_and_evaluate_as_one_process_with_as_many_devices(tmp_path):
+  alone, together = tmp_path / "alone", tmp_path / "together"
+  for workdir, ended in ((alone, start(1, 4, alone)), (together, start(2, 2, together))):
+    assert [code for code, *_ in ended] == [0] * len(ended), (workdir, ended)
+  (step, expected), (last, got) = map(last_state, (alone, together))
+  assert (step, last) == (4, 4)
+  for name, leaf in expected.items():
+    np.testing.assert_allclose(got[name], leaf, rtol=1e-5, atol=1e-7, err_msg=name)
+  rows = numbers(together)
+  assert [row["step"] for row in rows if "validation_nll" in row] == [3, 4]
+  for row, other in zip(rows, numbers(alone), strict=True):
+    assert row == pytest.approx(other, rel=1e-4, abs=1e-6)
+
+
+def test_processes_with_other_configs_refuse_to_start_and_say_why(tmp_path):
+  ended = start(2, 1, tmp_path / "run", lambda process: [f"--config.train.seed={process}", "--config.mesh.fsdp=1"])
+  for process, (code, _, errors) in enumerate(ended):
+    assert code == 78, errors
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in errors
+    assert f"config.train.seed differs between process 0 and 1: here, on process {process}, it is {process}" in lines[0]
+  assert not (tmp_path / "run").exists()
