@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from thinking_lm.analysis import bench
+from thinking_lm.analysis import bench, bench_plain
 from thinking_lm.analysis import bench_problem as problem
 from thinking_lm.analysis.bench import Bar, Case, Result, Variant, measure, over_floor, ratio, record, table
 
@@ -69,6 +69,11 @@ def test_the_decoder_by_hand_is_ours():
     pairs = zip(*(jax.tree.leaves(problem.gradient(total)(params, batch)) for total in (written, ours)), strict=True)
     for left, right in pairs:
       np.testing.assert_allclose(left, right, rtol=1e-3, atol=1e-4 * np.abs(right).max())
+
+
+def test_the_plain_suite_can_be_traced():
+  for variant in bench_plain.variants(V=17, B=4, T=8):
+    assert jax.eval_shape(variant.function, *variant.arguments) and variant.flops and variant.tokens == 32
 
 
 def test_an_unknown_suite_is_told(monkeypatch):

@@ -1,11 +1,13 @@
 """The ledger against XLA's own count, on models where every loop runs once (XLA counts a loop's body once)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from thinking_lm.analysis.flops import ledger
+from thinking_lm.analysis.flops import causal_keys, ledger
 from thinking_lm.model.decoder import Model, ModelConfig
 from thinking_lm.model.rollout import rollout
 from thinking_lm.thoughts.placement import place
@@ -24,9 +26,9 @@ CASES = [
 ]
 
 
-def counted(thought, gradient):
+def counted(thought, gradient, config=CONFIG):
   """XLA's FLOPs of one batch."""
-  model = Model(CONFIG, V)
+  model = Model(config, V)
   tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
   batch = Batch(
     *[tokens] * 2, jax.ShapeDtypeStruct((B, T), jnp.float32), *[tokens] * 2, jax.ShapeDtypeStruct((B,), jnp.uint32)
@@ -38,6 +40,16 @@ def counted(thought, gradient):
 
   function = jax.grad(total) if gradient else total
   return jax.jit(function).lower(model.shapes, batch).compile().cost_analysis()["flops"]
+
+
+def test_query_blocks_skip_keys():
+  blocks = dataclasses.replace(CONFIG, query_blocks=3)
+  ends = [11] * 11 + [22] * 11 + [32] * 10  # of T = 32 queries
+  assert causal_keys(CONFIG, T) == T and causal_keys(blocks, 5) == 5
+  assert causal_keys(blocks, T) == sum(ends) / T
+  thought = ThoughtConfig(length=0)
+  ours = ledger(blocks, V, thought, T, aligned=0, gradient=False)
+  np.testing.assert_allclose(counted(thought, False, blocks), B * ours.total, rtol=0.02)
 
 
 @pytest.mark.parametrize("options", CASES, ids=lambda options: "-".join(map(str, options.values())))

@@ -101,6 +101,23 @@ def test_remat_changes_memory_and_not_numbers(remat):
     np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=1e-5 * np.abs(other).max())
 
 
+@pytest.mark.parametrize("thought", [ThoughtConfig(length=0), ThoughtConfig(length=2, topology="private")])
+def test_query_blocks_change_no_numbers(thought):
+  layout = place(BATCH, thought, problem.VOCABULARY)
+
+  def total(blocks):
+    model = problem.model(dataclasses.replace(UNTIED, query_blocks=blocks))
+    loss = lambda params: jnp.sum(
+      rollout(model, thought, params, BATCH, layout, jax.random.key(0)).logp_BGT * BATCH.weights_BT[:, None]
+    )
+    return jit(jax.value_and_grad(loss))(problem.params(UNTIED))
+
+  (one, gradient), (three, other) = total(1), total(3)  # of 8 queries: 3, 3 and 2
+  np.testing.assert_allclose(one, three, rtol=1e-6)
+  for left, right in zip(jax.tree.leaves(gradient), jax.tree.leaves(other), strict=True):
+    np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5 * np.abs(right).max())
+
+
 def saved_bytes(remat):
   """Bytes that the backward pass of one forward pass keeps."""
   model = problem.model(dataclasses.replace(TIED, remat=remat))

@@ -15,8 +15,10 @@ OPTIONS = dict(
   ours=({}, 1),
   ours_remat=(dict(remat="full"), 1),
   ours_micro=({}, 4),
+  ours_blocks=(dict(query_blocks=4), 1),
+  ours_micro_blocks=(dict(query_blocks=4), 4),
   ours_bf16=(dict(compute_dtype="bfloat16"), 1),
-  ours_bf16_micro=(dict(compute_dtype="bfloat16"), 4),
+  ours_bf16_micro_blocks=(dict(compute_dtype="bfloat16", query_blocks=4), 4),
 )
 """Options of the model, and the number of micro-batches."""
 

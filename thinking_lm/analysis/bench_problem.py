@@ -76,7 +76,7 @@ def train_step(model: Model, total: Loss, accumulation: int = 1):
   """(step of a TrainState and a batch, the state before the first one): AdamW with clipping."""
   config = OptimizerConfig(schedule="constant")
   optimizer = make_optimizer(config, model.axes)
-  loss_fn = lambda params, batch, key: total(params, batch)
+  loss_fn = lambda params, batch, key, carried: total(params, batch)
   step = make_train_step(loss_fn, optimizer, make_schedule(config, 1000), StepConfig(accumulation))
   state = state_lib.create(params(model), optimizer, ema=False)
   return (lambda state, batch: step(state, batch, jax.random.key(2))), state

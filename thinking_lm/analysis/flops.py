@@ -51,6 +51,16 @@ def layer_flops(model: ModelConfig, queries: float, keys: float) -> float:
   return model.layers * queries * (2 * weights + 4 * model.heads * E * keys)
 
 
+def causal_keys(model: ModelConfig, queries: int) -> float:
+  """Keys that a query of a causal row scores: all of them, or with query blocks those up to the end of its block."""
+  n = model.query_blocks
+  if n == 1 or 2 * n > queries:
+    return queries
+  size = -(-queries // n)
+  ends = [min(start + size, queries) for start in range(0, queries, size)]
+  return sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False)) / queries
+
+
 def ledger(
   model: ModelConfig, vocabulary_size: int, thought: ThoughtConfig, T: int, *, aligned: int, gradient: bool
 ) -> Ledger:
@@ -64,7 +74,8 @@ def ledger(
   rows = -(-(vocabulary_size + 3) // model.vocabulary_multiple) * model.vocabulary_multiple
   head = 2.0 * model.width * rows
   if not N:
-    return _with_backward(Ledger(layer_flops(model, T, T), 0.0, T * head, 0.0), model, gradient, 0.0)
+    base = layer_flops(model, T, causal_keys(model, T))
+    return _with_backward(Ledger(base, 0.0, T * head, 0.0), model, gradient, 0.0)
   G, J, n = thought.samples, thought.slots, thought.length
   C, R = blocks(thought, T, N, aligned)
   W, kind = C + J, thought.kind_of
@@ -74,17 +85,17 @@ def ledger(
     per_token = 2.0 * model.width**2
   if thought.topology == "private":
     A = thought.lookahead - 1
-    base = layer_flops(model, T, T)
+    base = layer_flops(model, T, causal_keys(model, T))
     serial = G * N * layer_flops(model, J, T + J + 1)
     ahead = G * N * layer_flops(model, A, T + J + A) if A else 0.0
     parallel = G * N * layer_flops(model, J + A, T + J + A)
     readout = T * head + G * N * (A + 1) * head
     base_serial, shared, makes = base, base, G * N * n
   else:
-    base = G * layer_flops(model, R * C, S)
-    base_serial = G * layer_flops(model, R * C, S + C)
+    base = G * layer_flops(model, R * C, causal_keys(model, S))
+    base_serial = G * layer_flops(model, R * C, S + causal_keys(model, C))
     serial = G * layer_flops(model, R * J, S + W + 1)
-    parallel = G * layer_flops(model, R * J, S)
+    parallel = G * layer_flops(model, R * J, causal_keys(model, S))
     ahead, shared, readout, makes = 0.0, 0.0, G * T * head, G * R * n
   if kind.policy:
     readout += G * N * n * (head if kind.discrete else 2 * head)  # a density needs the mixture's mean as well

@@ -51,6 +51,7 @@ class ModelConfig:
     choices=("identity", "linear"),
   )
   compute_dtype: str = option("float32", "type of activations and matrix products", choices=DTYPES)
+  query_blocks: int = option(1, "attention in so many blocks of queries, which skip the keys after them", low=1)
   remat: str = option("none", "what the backward pass recomputes", choices=REMAT)
   vocabulary_multiple: int = option(1, "rows of the embedding table are rounded up to a multiple of this", low=1)
 
@@ -120,7 +121,7 @@ class Layer(nnx.Module):
     """Returns (x_BPQD, (k_BPQKE, v_BPQKE)): the new activations and this call's own keys and values."""
     q, k, v = self.project(x_BPQD, positions_BPQ)
     seen = [keys for keys in (past, own) if keys is not None]
-    mixed = attention(q, [*seen, Keys(k, v, mask_BPQQ)])
+    mixed = attention(q, [*seen, Keys(k, v, mask_BPQQ)], self.config.query_blocks)
     return self.complete(x_BPQD, mixed), (k, v)
 
   def product(self, name: str, x):

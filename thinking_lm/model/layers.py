@@ -66,28 +66,65 @@ class Keys(NamedTuple):
   mask_BPQS: jax.Array
 
 
-def attention(q_BPQHE, sets: Sequence[Keys]):
+def attention(q_BPQHE, sets: Sequence[Keys], blocks: int = 1):
   """Softmax attention over the union of several sets of keys, as one softmax.
 
-  Scores of all sets are concatenated before the softmax, never merged afterwards by their log-sum-exp: the usual
-  kernels return a log-sum-exp that is not differentiable, which makes such a merge right forward and wrong backward.
-  Query head h reads key-value head h // (H / K). Scores and softmax are float32.
+  Two parts are never merged afterwards by their log-sum-exp: the usual kernels return one that is not differentiable,
+  which makes such a merge right forward and wrong backward. Here all sets share one maximum and one denominator, and
+  the division comes last. Query head h reads key-value head h // (H / K). Scores and softmax are float32.
+
+  Args:
+    sets: the last one holds the keys of the queries themselves, of which a query never sees a later one.
+    blocks: of queries, where there is one stream: each leaves out the keys after it, so that (1 + 1 / blocks) / 2 of
+      the work on the last set is done.
 
   Returns [B, P, Q, H, E] in the type of q.
   """
+  P, Q = q_BPQHE.shape[1:3]
+  if blocks == 1 or P > 1 or 2 * blocks > Q:
+    return _attention(q_BPQHE, sets)
+  size, mixed = -(-Q // blocks), []
+  for start in range(0, Q, size):
+    rows = slice(start, start + size)
+    seen = [keys._replace(mask_BPQS=_rows(keys.mask_BPQS, rows)) for keys in sets]
+    mixed.append(_attention(q_BPQHE[:, :, rows], [*seen[:-1], _first(seen[-1], rows.stop)]))
+  return jnp.concatenate(mixed, axis=2)
+
+
+def _rows(mask_BPQS, rows: slice):
+  return mask_BPQS if mask_BPQS.shape[2] == 1 else mask_BPQS[:, :, rows]
+
+
+def _first(keys: Keys, count: int) -> Keys:
+  return Keys(keys.k[..., :count, :, :], keys.v[..., :count, :, :], keys.mask_BPQS[..., :count])
+
+
+def _attention(q_BPQHE, sets):
+  """One block of queries. Heads come first, so that every product is a plain batch of matrices."""
   B, P, Q, H, E = q_BPQHE.shape
   K = sets[0].k.shape[-2]
-  q = (q_BPQHE * E**-0.5).reshape(B, P, Q, K, H // K, E)
+  q_BKPQRE = (q_BPQHE * E**-0.5).reshape(B, P, Q, K, H // K, E).transpose(0, 3, 1, 2, 4, 5)
+
+  def product(left_BKPQRX, right, contract):
+    """Over the last axis of `left`, with [B, (P,) S, K, E]: over its E gives scores, over its S mixed values."""
+    *edge, X = left_BKPQRX.shape
+    if right.ndim == 5 and P == 1:
+      right = right[:, 0]
+    shared = right.ndim == 4
+    right = jnp.moveaxis(right, -2, 1)
+    left = left_BKPQRX.reshape(B, K, -1, X) if shared else left_BKPQRX.reshape(B, K, P, -1, X)
+    equation = dict(keys="...mx,...sx->...ms", values="...mx,...xe->...me")[contract]
+    y = jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
+    return y.reshape(*edge, y.shape[-1])
+
   scores = []
   for keys in sets:
-    equation = "bpqkre,bske->bpkrqs" if keys.k.ndim == 4 else "bpqkre,bpske->bpkrqs"
-    score = jnp.einsum(equation, q, keys.k, preferred_element_type=jnp.float32)
-    scores.append(jnp.where(keys.mask_BPQS[:, :, None, None], score, MASKED))
-  weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
-  out, start = 0.0, 0
-  for keys in sets:
-    equation = "bpkrqs,bske->bpqkre" if keys.v.ndim == 4 else "bpkrqs,bpske->bpqkre"
-    part = weights[..., start : start + keys.k.shape[-3]]
-    out += jnp.einsum(equation, part, keys.v, preferred_element_type=jnp.float32)
-    start += keys.k.shape[-3]
-  return out.astype(q.dtype).reshape(B, P, Q, H, E)
+    score_BKPQRS = product(q_BKPQRE, keys.k, "keys")
+    scores.append(jnp.where(keys.mask_BPQS[:, None, :, :, None], score_BKPQRS, MASKED))
+  largest = jnp.max(jnp.stack([jnp.max(score, axis=-1) for score in scores]), axis=0)
+  # A softmax does not depend on what is subtracted, and so neither does its gradient.
+  weights = [jnp.exp(score - jax.lax.stop_gradient(largest)[..., None]) for score in scores]
+  total = sum(jnp.sum(weight, axis=-1) for weight in weights)
+  parts = (product(weight.astype(q_BPQHE.dtype), keys.v, "values") for weight, keys in zip(weights, sets, strict=True))
+  mixed_BKPQRE = sum(parts) / total[..., None]
+  return mixed_BKPQRE.astype(q_BPQHE.dtype).transpose(0, 2, 3, 1, 4, 5).reshape(B, P, Q, H, E)
