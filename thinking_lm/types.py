@@ -113,10 +113,12 @@ class Thoughts:
   inputs_BGNJD: embeddings that were fed at the think tokens (delimiters excluded).
   tokens_BGNJ: int32 ids for `sampled` and `gumbel`, the most likely id for `soft` and `noisy`, -1 for `latent` and
     `pause`.
+  used_BGN: int32 think tokens before the end; None: all, or those before the first STOP where that may be drawn.
   """
 
   inputs_BGNJD: jax.Array
   tokens_BGNJ: jax.Array
+  used_BGN: jax.Array | None = None
 
 
 @struct.dataclass

@@ -68,6 +68,8 @@ CASES = [
   ("latent", dict(kind="latent", placement="every", topology="private", delimiters=True)),
   ("soft", dict(kind="soft", placement="explicit", positions=(0, 3), topology="private", rotary="anchor")),
   ("greedy", dict(kind="sampled", placement="every", topology="persistent", temperature=0.0)),
+  ("entropy", dict(kind="latent", placement="every", topology="persistent", halting="entropy", stop_below=1.5)),
+  ("entropy", dict(kind="soft", placement="stride", stride=2, topology="private", halting="entropy", stop_below=1.5)),
   ("greedy", dict(kind="sampled", placement="stride", stride=3, topology="private", temperature=0.0)),
 ]
 

@@ -1,4 +1,4 @@
-"""Thoughts that draw STOP: what is behind their end does not exist, and decoding does not compute it."""
+"""Thoughts that end early: what is behind their end does not exist, and decoding does not compute it."""
 
 import functools
 
@@ -10,7 +10,7 @@ import pytest
 from thinking_lm.model.decoder import Model, ModelConfig
 from thinking_lm.model.generate import Sampling, generate
 from thinking_lm.model.rollout import rollout
-from thinking_lm.thoughts.halting import fixed, stop
+from thinking_lm.thoughts.halting import used
 from thinking_lm.thoughts.placement import place
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.types import Batch, Thoughts, Vocabulary
@@ -55,8 +55,8 @@ def thoughts_of(tokens):
 
 def test_used_by_hand():
   tokens = jnp.array([[0, STOP, 2], [STOP, STOP, 1], [1, 2, 0], [1, 2, STOP]])
-  np.testing.assert_array_equal(stop(tokens, STOP), [1, 0, 3, 2])
-  np.testing.assert_array_equal(fixed(tokens, STOP), [3, 3, 3, 3])
+  np.testing.assert_array_equal(used(config("private"), tokens, STOP), [1, 0, 3, 2])
+  np.testing.assert_array_equal(used(config("private", halting="fixed"), tokens, STOP), [3, 3, 3, 3])
 
 
 @pytest.mark.parametrize("delimiters", [False, True])
@@ -129,3 +129,38 @@ def test_decoding_stops_and_equals_the_rollout(topology):
 def test_only_what_can_draw_stop_may_halt():
   (line,) = ThoughtConfig(length=1, kind="latent", halting="stop").faults()
   assert "needs kind 'sampled'" in line
+
+
+ONE = dict(placement="explicit", positions=(2,), cap=1, samples=1, rotary="anchor")
+
+
+@functools.cache
+def after_each_length(topology, kind, n):
+  """[n + 1, V, B, T]: log p(v) at every position of rows that think for u = 0 ... n tokens, all of fixed length."""
+
+  def one(u):
+    thought = config(topology, length=u, halting="fixed", kind=kind, **ONE)
+
+    def score(v):
+      rows = batch().replace(targets_BT=jnp.full((2, T), v))
+      return rollout(MODEL, thought, params(), rows, place(rows, thought, VOCABULARY), jax.random.key(3)).logp_BGT[:, 0]
+
+    return jax.jit(jax.vmap(score))(jnp.arange(V))
+
+  return np.array([one(u) for u in range(n + 1)])
+
+
+@pytest.mark.parametrize("topology,kind", [("persistent", "latent"), ("private", "soft"), ("private", "pause")])
+def test_low_entropy_ends_a_thought(topology, kind):
+  n, (row, anchor) = 2, (np.arange(2), 2)
+  logp = after_each_length(topology, kind, n)
+  entropy = -np.sum(np.exp(logp) * logp, axis=1)[:, :, anchor]  # [n + 1, B]
+  seen = set()
+  for below in (0.0, np.median(entropy), np.max(entropy) + 1e-3):
+    got = run(config(topology, length=n, halting="entropy", kind=kind, stop_below=float(below), **ONE))
+    used = [next((u for u in range(n) if entropy[u, b] < below), n) for b in row]
+    np.testing.assert_array_equal(got.used_BGN[:, 0, 0], used)
+    expected = np.stack([logp[u, np.asarray(batch().targets_BT[b]), b, np.arange(T)] for b, u in enumerate(used)])
+    np.testing.assert_allclose(got.logp_BGT[:, 0], expected, rtol=1e-4, atol=1e-5)
+    seen |= set(used)
+  assert {0, n} <= seen

@@ -36,9 +36,10 @@ def own(source: Source) -> tuple[Thoughts, jax.Array]:
 
 
 def pause(source: Source) -> tuple[Thoughts, jax.Array]:
-  """The PAUSE embedding in place of every think token: time to think, and nothing thought."""
+  """The PAUSE embedding in place of every think token used: as much time to think, and nothing thought."""
   inputs = jnp.broadcast_to(source.pause_D, source.own.inputs_BGNJD.shape)
-  return Thoughts(inputs, jnp.full_like(source.own.tokens_BGNJ, -1)), source.valid_BN
+  own = source.own
+  return own.replace(inputs_BGNJD=inputs, tokens_BGNJ=jnp.full_like(own.tokens_BGNJ, -1)), source.valid_BN
 
 
 def shuffled(source: Source) -> tuple[Thoughts, jax.Array]:

@@ -204,13 +204,13 @@ def _persistent_step(decoder, config, state: _State, marked_B, keys_B):
   past = Seen(state.cache, seen)
   x_B1D = decoder.embed(state.token_B)[:, None]
   if config.length:
-    own, hidden_BWD, _, tokens_Bn = block(
+    own, hidden_BWD, thoughts = block(
       decoder, config, past, x_B1D, segments_BW, _positions(config, state), keys_B, marked_B
     )
-    last_B = jnp.where(marked_B, 1 + config.last(config.used(tokens_Bn, decoder.stop)), 0)
+    last_B = jnp.where(marked_B, 1 + config.last(thoughts.used_BGN), 0)
     segments_BW = jnp.where(jnp.arange(1 + config.slots) > last_B[:, None], 0, segments_BW)
     hidden_BD = jnp.take_along_axis(hidden_BWD, last_B[:, None, None], axis=1)[:, 0]
-    thought_Bn = _read(decoder, config, hidden_BWD[:, 1:], tokens_Bn)
+    thought_Bn = _read(decoder, config, hidden_BWD[:, 1:], thoughts)
   else:
     hidden, own = decoder(x_B1D[:, None], state.rotary_B[:, None, None], jnp.ones((1, 1, 1, 1), bool), past)
     hidden_BD, thought_Bn = hidden[:, 0, 0], jnp.zeros((state.token_B.shape[0], 0), jnp.int32)
@@ -234,21 +234,22 @@ def _private_step(decoder, config, state: _State, marked_B, keys_B):
     past = Seen(cache, (segments_BS > 0)[:, None, None])
     keys = None if keys_B is None else keys_B[:, None]
     positions = _positions(config, state)[:, None, 1:]
-    states, _, tokens, _ = think(
+    states, thoughts, _ = think(
       decoder, config, hidden_BD[:, None], positions, keys, past, own, wanted_BP=marked_B[:, None]
     )
-    last_B = config.last(config.used(tokens[:, 0], decoder.stop))
-    end_BD = jnp.take_along_axis(states[:, 0], last_B[:, None, None], axis=1)[:, 0]
-    return jnp.where(marked_B[:, None], end_BD, hidden_BD), _read(decoder, config, states[:, 0], tokens[:, 0])
+    states, thoughts = jax.tree.map(lambda a: a[:, 0], (states, thoughts))
+    last_B1 = config.last(thoughts.used_BGN)[:, None]
+    end_BD = jnp.take_along_axis(states, jnp.maximum(last_B1, 0)[..., None], axis=1)[:, 0]
+    hidden_BD = jnp.where(marked_B[:, None] & (last_B1 >= 0), end_BD, hidden_BD)
+    return hidden_BD, _read(decoder, config, states, thoughts)
 
   skipping = lambda hidden_BD: (hidden_BD, jnp.full((B, config.length), -1, jnp.int32))
   return cache, segments_BS, *jax.lax.cond(jnp.any(marked_B), thinking, skipping, hidden[:, 0, 0])
 
 
-def _read(decoder, config, states_BJD, tokens_Bn):
+def _read(decoder, config, states_BJD, thoughts):
   """Tokens to show for a thought: its own, or what the head reads off each think slot; -1 from its end on."""
-  if config.kind not in ("latent", "pause"):
-    used_B = config.used(tokens_Bn, decoder.stop)
-    return jnp.where(jnp.arange(config.length) < used_B[:, None], tokens_Bn, -1).astype(jnp.int32)
-  states_BnD = states_BJD[:, config.opening : config.opening + config.length]
-  return jnp.argmax(decoder.logits(states_BnD), axis=-1).astype(jnp.int32)
+  tokens_Bn = thoughts.tokens_BGNJ
+  if config.kind in ("latent", "pause"):
+    tokens_Bn = jnp.argmax(decoder.logits(states_BJD[:, config.opening : config.opening + config.length]), axis=-1)
+  return jnp.where(jnp.arange(config.length) < thoughts.used_BGN[:, None], tokens_Bn, -1).astype(jnp.int32)

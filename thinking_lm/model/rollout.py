@@ -41,7 +41,7 @@ def rollout(
   run = _private if config.topology == "private" and config.length else _persistent
   keys_BGN = _keys(config, batch, layout, key)
   decoder, drawer = model.bind(params), None
-  if given is None and config.length and not config.kind_of.serial:
+  if given is None and config.length and not config.kind_of.serial and not config.may_end:
     given = _pauses(decoder, config, layout)
   if given is None and config.length and config.kind_of.policy and config.rescore:
     drawer = model.bind(jax.lax.stop_gradient(params))
@@ -66,15 +66,19 @@ def _pauses(decoder, config, layout):
 
 def _actions(decoder, config, drawn: Thoughts) -> Thoughts:
   """Drawn thoughts as they are fed when they are scored: embeddings of ids are learned, other actions are constants."""
-  return Thoughts(decoder.embed(drawn.tokens_BGNJ), drawn.tokens_BGNJ) if config.kind_of.discrete else drawn
+  return drawn.replace(inputs_BGNJD=decoder.embed(drawn.tokens_BGNJ)) if config.kind_of.discrete else drawn
 
 
-def _wrap(decoder, config, inputs_XnD):
+def _wrap(decoder, config, thoughts):
   """Think slots of thoughts [..., J, D] from their think tokens [..., n, D]: START and STOP around them, if wanted."""
-  edge = inputs_XnD.shape[:-2]
+  edge = thoughts.inputs_BGNJD.shape[:-2]
   start = decoder.embed(jnp.full((*edge, config.opening), decoder.start))
   stop = decoder.embed(jnp.full((*edge, config.closing), decoder.stop))
-  return jnp.concatenate([start, inputs_XnD, stop], axis=-2)
+  slots_XJD = jnp.concatenate([start, thoughts.inputs_BGNJD, stop], axis=-2)
+  if not config.may_stop:
+    return slots_XJD
+  closed_XJ = jnp.arange(config.slots) == _last(decoder, config, thoughts)[..., None]
+  return jnp.where(closed_XJ[..., None], stop, slots_XJD)
 
 
 def _persistent(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
@@ -116,7 +120,7 @@ def _stream(decoder, drawer, config, rows, stream, keys_BN, N, C, given):
     given = Thoughts(jnp.zeros((B, N, 0, D)), jnp.zeros((B, N, 0), jnp.int32))
   else:
     stream = topology.end(stream, _last(decoder, config, given))
-    slots_BXD = _wrap(decoder, config, given.inputs_BGNJD).reshape(B, -1, D)
+    slots_BXD = _wrap(decoder, config, given).reshape(B, -1, D)
     index_BS = stream.anchor_BS * config.slots + stream.step_S
     x_BSD = jnp.where(stream.step_S[:, None] < 0, x_BSD, _gather(slots_BXD, jnp.maximum(index_BS, 0)))
   slot_S = jnp.arange(S)
@@ -126,7 +130,7 @@ def _stream(decoder, drawer, config, rows, stream, keys_BN, N, C, given):
 
 def _last(decoder, config, thoughts):
   """The last slot of each thought [..., n]."""
-  return config.last(config.used(thoughts.tokens_BGNJ, decoder.stop))
+  return config.last(config.used(thoughts, decoder.stop))
 
 
 def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
@@ -153,8 +157,9 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
 
   weights_BNM = pick(batch.weights_BT, plan.target_BNM, 0)
   targets_BPM = tile(pick(batch.targets_BT, plan.target_BNM, 0))
-  end_BPD = jnp.take_along_axis(hidden_BPXD, _last(decoder, config, thoughts)[..., None, None], axis=2)
-  readout_BPMD = jnp.concatenate([end_BPD, hidden_BPXD[:, :, J:]], axis=2)
+  readout_BPMD = jnp.concatenate(
+    [_end(config, anchor_BPD, hidden_BPXD, config.used(thoughts, decoder.stop)), hidden_BPXD[:, :, J:]], axis=2
+  )
   logp_BGNM, hit_BGNM = map(split, target_logp(decoder, readout_BPMD, targets_BPM))
   put = jax.vmap(lambda base_T, new_N, at_N: base_T.at[at_N].set(new_N, mode="drop"))  # over rows
   put = jax.vmap(put, (None, 1, None), 1)  # over samples
@@ -184,22 +189,29 @@ def _side_by_side(decoder, drawer, config, anchor_BPD, ahead_BPAD, positions_BPX
   positions_BPJ = positions_BPX[:, :, :J]
   if given is None and drawer is not None:
     anchor, shared = jax.lax.stop_gradient((anchor_BPD, past))
-    drawn = Thoughts(*think(drawer, config, anchor, positions_BPJ, keys_BP, shared, fresh)[1:3])
+    drawn = think(drawer, config, anchor, positions_BPJ, keys_BP, shared, fresh)[1]
     given = _actions(decoder, config, drawn)
   live = lambda thoughts: jnp.arange(J) <= _last(decoder, config, thoughts)[..., None]  # [B, P, J]
   if given is not None:
-    x = jnp.concatenate([_wrap(decoder, config, given.inputs_BGNJD), ahead_BPAD], axis=2)
+    x = jnp.concatenate([_wrap(decoder, config, given), ahead_BPAD], axis=2)
     mask = (
       jnp.tril(jnp.ones((J + A, J + A), bool))
       & jnp.pad(live(given), [(0, 0)] * 2 + [(0, A)], constant_values=True)[:, :, None]
     )
     return decoder(x, positions_BPX, mask, past)[0], given
-  hidden, inputs, tokens, cache = think(decoder, config, anchor_BPD, positions_BPJ, keys_BP, past, fresh)
+  hidden, thoughts, cache = think(decoder, config, anchor_BPD, positions_BPJ, keys_BP, past, fresh)
   if A:
-    own = Seen(cache, live(Thoughts(inputs, tokens))[:, :, None])
+    own = Seen(cache, live(thoughts)[:, :, None])
     causal = jnp.tril(jnp.ones((A, A), bool))[None, None]
     hidden = jnp.concatenate([hidden, decoder(ahead_BPAD, positions_BPX[:, :, J:], causal, past, own)[0]], axis=2)
-  return hidden, Thoughts(inputs, tokens)
+  return hidden, thoughts
+
+
+def _end(config, anchor_BPD, hidden_BPXD, used_BP):
+  """[B, P, 1, D]: the state that each private thought's target is read off: its last slot, or the anchor's."""
+  last_BP = config.last(used_BP)[..., None, None]
+  end_BP1D = jnp.take_along_axis(hidden_BPXD, jnp.maximum(last_BP, 0), axis=2)
+  return jnp.where(last_BP < 0, anchor_BPD[:, :, None], end_BP1D)
 
 
 def _policy(decoder, config, anchor_BGND, think_BGNJD, thoughts):
@@ -209,17 +221,16 @@ def _policy(decoder, config, anchor_BGND, think_BGNJD, thoughts):
   before = jnp.concatenate([anchor_BGND[..., None, :], think_BGNJD], axis=-2)
   before = before[..., config.opening : config.opening + config.length, :]
   logp_BGNJ, entropy_BGNJ = policy(decoder, config, before, thoughts)
-  # A STOP that was drawn is a choice of the policy too; what stands behind it is not.
-  chosen_BGNJ = jnp.arange(config.length) <= config.used(thoughts.tokens_BGNJ, decoder.stop)[..., None]
+  chosen_BGNJ = config.chosen(config.used(thoughts, decoder.stop))
   only = lambda a_BGNJ: jnp.sum(jnp.where(chosen_BGNJ, a_BGNJ, 0.0), axis=-1)
-  return only(logp_BGNJ), only(entropy_BGNJ) / chosen_BGNJ.sum(axis=-1)
+  return only(logp_BGNJ), only(entropy_BGNJ) / jnp.maximum(chosen_BGNJ.sum(axis=-1), 1)
 
 
 def _trace(decoder, config, batch, layout, thoughts, policy, logp_BGT, hit_BGT, outcome_BGN) -> Trace:
   valid_BN = layout.anchors_BN < batch.tokens_BT.shape[1]
   valid_BGN = jnp.broadcast_to(valid_BN[:, None], outcome_BGN.shape)
   only = lambda a: jnp.where(valid_BGN, a, 0.0)
-  used_BGN = config.used(thoughts.tokens_BGNJ, decoder.stop)
+  used_BGN = config.used(thoughts, decoder.stop)
   policy_logp_BGN, entropy_BGN = map(only, policy or (jnp.zeros(outcome_BGN.shape),) * 2)
   return Trace(
     logp_BGT=logp_BGT,

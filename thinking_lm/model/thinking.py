@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from thinking_lm.model.decoder import DTYPES, Cache, Decoder, Seen
-from thinking_lm.thoughts import topology
+from thinking_lm.thoughts import halting, topology
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.types import Thoughts
 
@@ -28,11 +28,11 @@ def think(
     hidden_BPD: hidden state of each anchor.
     past: keys that all streams share, mask [B, P or 1, 1, S].
     own: keys of each stream, of which the last J slots are free for the thought; mask [B, P, 1, W - J] of the others.
-    wanted_BP: bool, for decoding: the thought ends for all as soon as each of these has drawn STOP. None: all n steps
-      are run, which gradients can flow through.
+    wanted_BP: bool, for decoding: steps are run until each of these thoughts has ended. None: all n steps are run,
+      which gradients can flow through.
 
   Returns:
-    (hidden_BPJD of the think slots, inputs_BPnD and tokens_BPn of the think tokens, own cache with the thought in it).
+    (hidden_BPJD of the think slots, Thoughts [B, P, ...], own cache with the thought in it).
   """
   J, n, first = config.slots, config.length, own.cache.k.shape[-3] - config.slots
   before = jnp.broadcast_to(own.mask_BPQS, (*hidden_BPD.shape[:2], 1, first))
@@ -49,36 +49,40 @@ def think(
     return slot(decoder.embed(jnp.full(hidden_BPD.shape[:2], row)), j, cache)
 
   def step(carry, i):
-    hidden, cache = carry
+    hidden, cache, progress = carry
     keys = None if keys_BP is None else jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys_BP, i)
     x, token = config.kind_of.step(decoder, hidden, keys, config)
+    progress = halting.drawn(decoder, config, progress, token)
     hidden, cache = slot(x, i + config.opening, cache)
-    return (hidden, cache), (hidden, x, token)
+    progress = halting.reached(decoder, config, progress, hidden, i + 1)
+    return (hidden, cache, progress), (hidden, x, token)
 
   hidden, cache, around = hidden_BPD, own.cache, ([], [])
+  progress = halting.begin(decoder, config, hidden)
   if config.delimiters:
     hidden, cache = control(decoder.start, 0, cache)
     around[0].append(hidden[:, :, None])
-  (hidden, cache), made = _steps(step, (hidden, cache), n, decoder.stop, wanted_BP if config.may_stop else None)
+  wanted_BP = wanted_BP if config.may_end else None
+  (hidden, cache, progress), made = _steps(step, (hidden, cache, progress), n, decoder.stop, wanted_BP)
   states, inputs, tokens = made
   if config.closing:
     hidden, cache = control(decoder.stop, J - 1, cache)
     around[1].append(hidden[:, :, None])
   states, inputs, tokens = (jnp.moveaxis(a, 0, 2) for a in (states, inputs, tokens))
-  return jnp.concatenate([*around[0], states, *around[1]], axis=2), inputs, tokens, cache
+  thoughts = Thoughts(inputs, tokens, progress.used_X)
+  return jnp.concatenate([*around[0], states, *around[1]], axis=2), thoughts, cache
 
 
 def _steps(step, carry, n, stop, wanted_BP):
-  """Scans `step` over 0 ... n - 1; with `wanted_BP` only until all these have drawn `stop` (the rest reads `stop`)."""
+  """Scans `step` over 0 ... n - 1; with `wanted_BP` only until all these have ended (the rest reads `stop`)."""
   if wanted_BP is None:
     return jax.lax.scan(step, carry, jnp.arange(n))
   shapes = jax.eval_shape(lambda carry: step(carry, 0)[1], carry)
   states, inputs, tokens = (jnp.zeros((n, *a.shape), a.dtype) for a in shapes)
 
   def going(loop):
-    i, _, (_, _, tokens) = loop
-    ended_BP = jnp.any((tokens == stop) & (jnp.arange(n) < i)[:, None, None], axis=0)
-    return (i < n) & jnp.any(wanted_BP & ~ended_BP)
+    i, (_, _, progress), _ = loop
+    return (i < n) & jnp.any(wanted_BP & progress.going_X)
 
   def body(loop):
     i, carry, made = loop
@@ -100,7 +104,7 @@ def block(decoder: Decoder, config, past: Seen, x_BCD, segments_BW, positions_BW
       when all who think have. None: always all n steps.
 
   Returns:
-    (own cache [L, B, 1, W, K, E], hidden_BWD, inputs_BnD, tokens_Bn).
+    (own cache [L, B, 1, W, K, E], hidden_BWD, Thoughts [B, ...]).
   """
   C, J, W = x_BCD.shape[1], config.slots, segments_BW.shape[1]
   mask = topology.sees(segments_BW, segments_BW, jnp.arange(W), jnp.arange(W))
@@ -117,10 +121,8 @@ def block(decoder: Decoder, config, past: Seen, x_BCD, segments_BW, positions_BW
     keys_B1 = None if keys_B is None else keys_B[:, None]
     own = Seen(own, mask[:, :, -1:, :C])
     wanted_B1 = None if wanted_B is None else wanted_B[:, None]
-    hidden, inputs, tokens, own = think(
-      decoder, config, anchor_B1D, positions_BW[:, None, C:], keys_B1, seen, own, wanted_B1
-    )
-    return own, jnp.concatenate([real_B1CD, hidden], axis=2)[:, 0], inputs[:, 0], tokens[:, 0]
+    hidden, thoughts, own = think(decoder, config, anchor_B1D, positions_BW[:, None, C:], keys_B1, seen, own, wanted_B1)
+    return own, jnp.concatenate([real_B1CD, hidden], axis=2)[:, 0], jax.tree.map(lambda a: a[:, 0], thoughts)
 
   if wanted_B is None:
     return thinking(own)
@@ -152,24 +154,22 @@ def stream_serial(decoder, config, stream, x_BSD, keys_BN, N, C):
     r, x_BWD, segments_BW, positions_BW, keys_B = scanned
     seen = topology.sees(segments_BW, segments_BS, r * W + jnp.arange(W), jnp.arange(S))
     past = Seen(cache, seen & (jnp.arange(S) < r * W))
-    own, hidden, inputs, tokens = block(decoder, config, past, x_BWD[:, :C], segments_BW, positions_BW, keys_B)
-    if config.may_stop:
-      over_BJ = jnp.arange(config.slots) > config.last(config.used(tokens, decoder.stop))[:, None]
+    own, hidden, thoughts = block(decoder, config, past, x_BWD[:, :C], segments_BW, positions_BW, keys_B)
+    if config.may_end:
+      over_BJ = jnp.arange(config.slots) > config.last(thoughts.used_BGN)[:, None]
       left_BW = jnp.where(jnp.pad(over_BJ, ((0, 0), (C, 0))), 0, segments_BW)
       segments_BS = jax.lax.dynamic_update_slice_in_dim(segments_BS, left_BW, r * W, axis=1)
-    return (write(cache, own, r * W), segments_BS), (hidden, inputs, tokens)
+    return (write(cache, own, r * W), segments_BS), (hidden, thoughts)
 
   scanned = (jnp.arange(R), *map(blocks, (x_BSD, stream.segments_BS, stream.positions_BS)), keys_RB)
   carry = (empty_cache(decoder, B, S), stream.segments_BS)
-  (cache, _), (hidden, inputs, tokens) = jax.lax.scan(body, carry, scanned)
+  (cache, _), (hidden, thoughts) = jax.lax.scan(body, carry, scanned)
   hidden_BSD = jnp.moveaxis(hidden, 0, 1).reshape(B, S, D)
   block_BN = jnp.minimum(stream.thought_BN // W, R - 1)
-  inputs_BNJD, tokens_BNJ = (
-    jnp.take_along_axis(jnp.moveaxis(a, 0, 1), block_BN.reshape(B, N, *[1] * (a.ndim - 2)), axis=1)
-    for a in (inputs, tokens)
+  thoughts = jax.tree.map(
+    lambda a: jnp.take_along_axis(jnp.moveaxis(a, 0, 1), block_BN.reshape(B, N, *[1] * (a.ndim - 2)), axis=1), thoughts
   )
-  stream = topology.end(stream, config.last(config.used(tokens_BNJ, decoder.stop)))
-  return hidden_BSD, Thoughts(inputs_BNJD, tokens_BNJ), stream, cache
+  return hidden_BSD, thoughts, topology.end(stream, config.last(thoughts.used_BGN)), cache
 
 
 def empty_cache(decoder: Decoder, *slots: int) -> Cache:

@@ -5,10 +5,12 @@ import dataclasses
 import jax.numpy as jnp
 
 from thinking_lm.config import option
+from thinking_lm.thoughts import halting
 from thinking_lm.thoughts.halting import HALTING
 from thinking_lm.thoughts.placement import PLACEMENTS
 from thinking_lm.thoughts.tokens import KINDS
 from thinking_lm.thoughts.topology import ROTARY, TOPOLOGIES
+from thinking_lm.types import Thoughts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,8 @@ class ThoughtConfig:
   temperature_steps: int = option(0, "gumbel: training steps of that decay, by the same factor each", low=0)
   noise: float = option(0.3, "noisy: standard deviation of the noise; an input has about 1 per dimension", above=0)
   top_k: int = option(0, "soft, noisy: keep only the k most likely tokens and renormalise; 0 keeps all", low=0)
-  halting: str = option("fixed", "WHEN: fixed length, or where the thought draws STOP", choices=HALTING)
+  halting: str = option("fixed", "WHEN: fixed length, where STOP is drawn, or where entropy is low", choices=HALTING)
+  stop_below: float = option(1.0, "halting=entropy: entropy of the next token, nats, at which a thought ends", low=0)
   samples: int = option(1, "G thoughts drawn per anchor (private) or streams per row (persistent)", low=1)
   lookahead: int = option(1, "m real tokens that make a thought's outcome; 0 is the rest of the document", low=0)
   rescore: bool = option(
@@ -70,6 +73,8 @@ class ThoughtConfig:
       found.append("placement 'sentence' needs room: shapes are static, and every token of a row could end a sentence")
     if self.length and kind and self.halting in HALTING and HALTING[self.halting].draws and not kind.discrete:
       found.append(f"halting {self.halting!r} needs kind 'sampled', which can draw STOP; got {self.kind!r}")
+    if self.length and self.delimiters and self.halting in HALTING and HALTING[self.halting].chance:
+      found.append(f"halting {self.halting!r} ends a thought at a state, without a STOP: set delimiters to false")
     if self.length and self.placement == "none":
       found.append("placement 'none' never thinks; set length 0 or another placement")
     return found
@@ -120,13 +125,24 @@ class ThoughtConfig:
     """Whether STOP is among the tokens that may be drawn."""
     return HALTING[self.halting].draws
 
-  def used(self, tokens_Xn, stop: int):
+  @property
+  def may_end(self) -> bool:
+    """Whether a thought may use fewer than its n think tokens."""
+    return self.may_stop or HALTING[self.halting].chance is not None
+
+  def used(self, thoughts: Thoughts, stop: int):
     """used_X, the think tokens of each thought before its end; `stop` is the STOP row."""
-    return HALTING[self.halting].used(tokens_Xn, stop)
+    if thoughts.used_BGN is None:
+      return halting.used(self, thoughts.tokens_BGNJ, stop)
+    return thoughts.used_BGN
 
   def last(self, used_X):
-    """The last slot of a thought that uses so many think tokens: the one that its target is predicted from."""
+    """The last slot of a thought that uses so many think tokens, which its target is predicted from; -1: the anchor."""
     return self.opening + used_X + self.closing - 1
+
+  def chosen(self, used_X):
+    """chosen_Xn: the tokens that were a choice of the policy, a STOP that was drawn included."""
+    return jnp.arange(self.length) < (used_X + self.may_stop)[..., None]
 
   @property
   def kind_of(self):

@@ -86,10 +86,14 @@ def persistent(batch: Batch, layout: Layout, J: int, rotary: str) -> Stream:
 
 
 def end(stream: Stream, last_BN) -> Stream:
-  """The stream whose thoughts end at slot `last_BN` of theirs: nothing sees what is behind, targets read out there."""
-  N, S = last_BN.shape[1], stream.token_BS.shape[1]
+  """The stream whose thoughts end at slot `last_BN` of theirs: nothing sees what is behind, targets read out there.
+
+  -1 is a thought without a slot, whose target reads out at the anchor.
+  """
+  S = stream.token_BS.shape[1]
   over_BS = stream.step_S > take(last_BN, stream.anchor_BS, S)
-  readout_BT = jnp.where(stream.anchor_BT < N, take(stream.thought_BN + last_BN, stream.anchor_BT, S), stream.slot_BT)
+  end_BT = take(last_BN, stream.anchor_BT, -1)
+  readout_BT = jnp.where(end_BT < 0, stream.slot_BT, take(stream.thought_BN, stream.anchor_BT, S) + end_BT)
   return stream._replace(segments_BS=jnp.where(over_BS, 0, stream.segments_BS), readout_BT=readout_BT)
 
 
