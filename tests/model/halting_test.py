@@ -145,6 +145,7 @@ def after_each_length(topology, kind, n):
       rows = batch().replace(targets_BT=jnp.full((2, T), v))
       return rollout(MODEL, thought, params(), rows, place(rows, thought, VOCABULARY), jax.random.key(3)).logp_BGT[:, 0]
 
+    batch(), params()  # not first made while tracing
     return jax.jit(jax.vmap(score))(jnp.arange(V))
 
   return np.array([one(u) for u in range(n + 1)])
