@@ -24,14 +24,18 @@ from thinking_lm.data import pipeline
 from thinking_lm.data.rows import assemble
 from thinking_lm.data.tasks import Example
 from thinking_lm.errors import ConfigError
+from thinking_lm.evaluation.health import Examination
 from thinking_lm.evaluation.hook import EvaluationConfig, hooks
 from thinking_lm.metrics import Mean
 from thinking_lm.model.decoder import Model, ModelConfig
 from thinking_lm.model.generate import Generation, Sampling, generate
 from thinking_lm.model.rollout import rollout
+from thinking_lm.objectives.health import HealthConfig, History, signs
+from thinking_lm.objectives.health import rules as health_rules
 from thinking_lm.objectives.objective import ObjectiveConfig, objective, volume
 from thinking_lm.thoughts.placement import place
 from thinking_lm.thoughts.spec import ThoughtConfig
+from thinking_lm.training.alarms import Watch
 from thinking_lm.training.checkpoint import CheckpointConfig, read_manifest, read_params
 from thinking_lm.training.loop import Run, TrainConfig
 from thinking_lm.training.mesh import MeshConfig, device_faults, global_batch, make_mesh, shardings
@@ -53,6 +57,7 @@ class ExperimentConfig:
   train: TrainConfig = option(TrainConfig(), "training loop")  # noqa: RUF009
   checkpoint: CheckpointConfig = option(CheckpointConfig(), "checkpoints")  # noqa: RUF009
   evaluation: EvaluationConfig = option(EvaluationConfig(), "evaluation while training")  # noqa: RUF009
+  health: HealthConfig = option(HealthConfig(), "alarms about thoughts")  # noqa: RUF009
   mesh: MeshConfig = option(MeshConfig(), "device mesh")  # noqa: RUF009
 
   def faults(self) -> list[str]:
@@ -136,7 +141,7 @@ class Experiment:
     del carried  # nothing asks for it yet
     trace = self.rollout(params, batch, key)
     loss, metrics = objective(self.config.objective, trace)
-    return loss, metrics | volume(trace, batch, self.data.vocabulary)
+    return loss, metrics | volume(trace, batch, self.data.vocabulary) | signs(trace, self.config.thought)
 
   def run(self, mesh: Mesh | None = None) -> Run:
     """What `training.loop.train` trains.
@@ -157,8 +162,34 @@ class Experiment:
       mesh=c.mesh,
       resolved_config=config_lib.to_config_dict(c).to_dict(),
       record=dict(tokenizer=self.data.tokenizer.digest),
-      hooks=hooks(c.evaluation, self, random_key(c.train.seed, "evaluate"), put),
+      hooks=hooks(c.evaluation, self, random_key(c.train.seed, "evaluate"), put) + self._examinations(put),
+      watch=self._watch(),
     )
+
+  def _watch(self) -> Watch | None:
+    """The alarms of a run that thinks."""
+    c = self.config
+    if not c.thought.length:
+      return None
+    half = c.model.compute_dtype != "float32"
+    return Watch(health_rules(c.health, self.data.vocabulary.size, half), History, c.health.patience)
+
+  def _examinations(self, put) -> tuple[Examination, ...]:
+    """The look at thoughts every so many steps, in a run that is long enough for one."""
+    c, goal = self.config, self.config.objective
+    if not c.thought.length or not 0 < c.health.every <= c.train.steps:
+      return ()
+    terms = {}
+    if goal.score_weight and goal.nll_weight:
+      alone = dict(nll_grad_norm=dict(score_weight=0.0), score_grad_norm=dict(nll_weight=0.0, base_weight=0.0))
+      for name, change in alone.items():
+        terms[name] = self._with(objective=dataclasses.replace(goal, entropy_weight=0.0, **change)).loss_fn
+    key = random_key(c.train.seed, "evaluate")
+    return (Examination(c.health.every, c.evaluation.split, c.train.batch_size, self, key, put, terms),)
+
+  def _with(self, **sections) -> "Experiment":
+    """The same experiment with other config sections, on the same data and model."""
+    return dataclasses.replace(self, config=dataclasses.replace(self.config, **sections))
 
   def generate(self, params: Params, prompts: Sequence[bytes], key, sampling: Sampling) -> Generation:
     """Continues texts; row b of the result (numpy leaves) belongs to prompts[b]. An empty prompt is a fresh document.

@@ -18,6 +18,7 @@ from thinking_lm.errors import ConfigError, DivergedError, Preempted
 from thinking_lm.training import mesh as mesh_lib
 from thinking_lm.training import state as state_lib
 from thinking_lm.training import storage, workdir, writers
+from thinking_lm.training.alarms import Watch
 from thinking_lm.training.checkpoint import CheckpointConfig, Checkpoints, verify
 from thinking_lm.training.optimizer import OptimizerConfig, make_optimizer, make_schedule, schedule_faults
 from thinking_lm.training.step import CarryFn, LossFn, StepConfig, make_train_step, unchanged
@@ -106,8 +107,18 @@ class Signals:
 class Board:
   """The numbers of a run on their way out, fetched one step late, so that the device always has the next step to do."""
 
-  def __init__(self, path: epath.Path, config: TrainConfig, progress: writers.Progress, step: int, attempt: int):
-    self._config, self._progress = config, progress
+  def __init__(
+    self,
+    path: epath.Path,
+    config: TrainConfig,
+    progress: writers.Progress,
+    step: int,
+    attempt: int,
+    watch: Watch | None = None,
+  ):
+    self._config, self._progress, self._watch = config, progress, watch
+    if watch is not None:  # in every process: an alarm that stops the run must stop all of them
+      watch.replay([row for row in writers.read_rows(path / "metrics.jsonl") if row["step"] <= step])
     self._pending: tuple[int, dict] | None = None
     self._sinks: list = []
     if jax.process_index() == 0:
@@ -149,7 +160,15 @@ class Board:
       )
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """A row for a step, everywhere."""
+    """A row for a step, everywhere, with the alarms that it raises. Raises DivergedError if one stops the run."""
+    try:
+      alarms = self._watch(step, values) if self._watch else {}
+    except DivergedError:
+      self._spread(step, values)
+      raise
+    self._spread(step, {**values, **alarms})
+
+  def _spread(self, step: int, values: Mapping[str, float]) -> None:
     for sink in self._sinks:
       sink.write(step, values)
     self._progress.show(step, values)
@@ -166,6 +185,7 @@ class Run:
 
   init_fn: key -> parameters. axes: see `mesh.shardings`. loss_fn: see `step.LossFn`. data: see `Data`.
   carry_init, carry_update: what the objective carries from step to step; see `state.CarryInit` and `step.CarryFn`.
+  watch: what looks at every row and raises alarms.
   resolved_config: nested dict of JSON values, what `config.json` will say and what another start must agree with.
   record: what every checkpoint's manifest says besides, for its readers.
   """
@@ -183,6 +203,7 @@ class Run:
   record: Mapping[str, str] = dataclasses.field(default_factory=dict)
   carry_init: state_lib.CarryInit = state_lib.nothing
   carry_update: CarryFn = unchanged
+  watch: Watch | None = None
 
 
 def train(run: Run, path: str) -> state_lib.TrainState:
@@ -299,7 +320,7 @@ def _train(run: Run, session: _Session) -> state_lib.TrainState:
       progress.say(f"{'going on from' if start else 'starting at'} step {start} in {path}")
       session.record("running")
       attempt = session.status.attempt if session.status else 0
-      with contextlib.closing(Board(path, run.train, progress, start, attempt)) as board:
+      with contextlib.closing(Board(path, run.train, progress, start, attempt, run.watch)) as board:
         return _steps(run, session, board, made.step, state)
 
 

@@ -1,0 +1,109 @@
+"""The examination of thoughts against the plain way to find its numbers, and on models that show the failures."""
+
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.evaluation import harness
+from thinking_lm import experiment
+from thinking_lm.errors import DivergedError
+from thinking_lm.evaluation.health import Examination, effective_rank
+from thinking_lm.training import loop
+from thinking_lm.training.state import TrainState
+from thinking_lm.training.writers import read_rows
+
+TWO = dict(kind="sampled", length=2, topology="persistent", samples=2, lookahead=0)
+
+
+def examine(subject, params):
+  """The numbers of one look."""
+  state = TrainState(0, params, None, None, None, {})
+  put = lambda batch: jax.tree.map(jnp.asarray, batch)
+  return Examination(1, "validation", 8, subject, harness.KEY, put, {})(0, state)
+
+
+@pytest.mark.parametrize("topology", ["private", "persistent"])
+def test_effects_are_differences_of_nats(topology):
+  subject, params, _ = harness.make(thought=TWO | dict(topology=topology, lookahead=int(topology == "private")))
+  found = examine(subject, params)
+  batch = next(iter(subject.data.evaluation_batches("validation", batch_size=8, process_index=0, process_count=1)))
+  batch = jax.tree.map(jnp.asarray, batch)
+  thought = dataclasses.replace(subject.config.thought, samples=1)
+
+  def nats(length):
+    trace = subject.rollout(params, batch, harness.KEY, thought=dataclasses.replace(thought, length=length))
+    return -np.average(np.asarray(trace.logp_BGT)[:, 0], weights=batch.weights_BT)
+
+  assert found["effect_none"] == pytest.approx(nats(0) - nats(2), abs=1e-5)
+  assert found["effect_shuffled"] != 0
+  assert found["sampler_mismatch"] < 1e-4
+
+
+def test_a_model_that_ignores_its_thoughts_shows_no_effect():
+  subject, params, _ = harness.make(thought=dict(kind="latent", length=1, topology="private"), model=dict(layers=1))
+  params = jax.tree.map(jnp.copy, params)
+  params["layers"]["out"] *= 0.0
+  params["layers"]["down"] *= 0.0
+  params["embedding"] *= 0.0  # every input, and every thought of it, is the same
+  found = examine(subject, params)
+  assert found["effect_none"] == pytest.approx(0, abs=1e-6)
+  assert found["effect_shuffled"] == pytest.approx(0, abs=1e-6)
+  assert found["thought_rank"] == 0
+
+
+def test_rotary_positions_that_differ_between_sampler_and_learner_are_a_mismatch():
+  subject, params, _ = harness.make(thought=TWO)
+
+  class Apart(experiment.Experiment):
+    """Draws with one rule of positions and scores with another."""
+
+    def rollout(self, params, batch, key, given=None, thought=None):
+      thought = dataclasses.replace(thought, rotary="anchor" if given is None else "advance")
+      return super().rollout(params, batch, key, given, thought)
+
+  apart = Apart(subject.config, subject.data, subject.model)
+  assert examine(apart, params)["sampler_mismatch"] > 1e-3
+
+
+def test_rank_counts_directions():
+  rng = np.random.default_rng(0)
+  valid_BN = np.ones((40, 50), bool)
+  line = rng.normal(size=(40, 50, 1)) * np.ones(6)
+  assert effective_rank(line, valid_BN) == pytest.approx(1, rel=1e-3)
+  assert effective_rank(rng.normal(size=(40, 50, 6)), valid_BN) == pytest.approx(6, rel=0.05)
+  line[0] = 1e3
+  valid_BN[0] = False
+  assert effective_rank(line, valid_BN) == pytest.approx(1, rel=1e-3)
+
+
+def runs(tmp_path, rate=1e-3, **health):
+  """A short policy-gradient run with alarms."""
+  values = harness.config(
+    thought=dict(kind="sampled", length=1, topology="private", samples=2),
+    objective=dict(score_weight=1.0),
+    train=dict(steps=4),
+    optimizer=dict(learning_rate=rate, schedule="constant", warmup_steps=0),
+    health=dict(every=2, patience=1) | health,
+  )
+  return loop.train(experiment.build(experiment.parse(values)).run(), str(tmp_path / "run"))
+
+
+def test_a_run_logs_signs_and_examinations_and_says_its_alarms(tmp_path, caplog):
+  with caplog.at_level(logging.WARNING):
+    runs(tmp_path, repeated=1e-6)
+  rows = read_rows(tmp_path / "run/metrics.jsonl")
+  assert {"distinct_thoughts", "repeated_tokens"} <= rows[0].keys()
+  looks = [row for row in rows if "effect_none" in row]
+  assert [row["step"] for row in looks] == [2, 4]
+  wanted = {"effect_shuffled", "sampler_mismatch", "nll_grad_norm", "score_grad_norm", "thought_rank"}
+  assert wanted <= looks[0].keys() and looks[0]["score_grad_norm"] > 0
+  assert rows[0]["alarm_repeated"] == 1 and "repeated at step 1" in caplog.text
+
+
+def test_a_run_stops_when_entropy_collapses(tmp_path):
+  with pytest.raises(DivergedError, match="entropy_stop at step"):
+    runs(tmp_path, rate=1.0, entropy_stop=0.5)

@@ -1,0 +1,242 @@
+"""The health of thoughts: signs that every trace shows, and the rules by which a run's numbers raise an alarm.
+
+A sign is a pure function of a Trace, logged in every step. What needs more than a trace (effect of thoughts, mismatch
+of sampler and learner, gradient norms) is examined every so many steps by `evaluation/health.py`. A rule reads numbers
+by name, from either, and knows what to do about them; `training/alarms.py` follows it through a run. To add a sign or a
+rule, write the function and its line in the table. Defaults of the thresholds are proposals, not measurements.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from thinking_lm.config import option
+from thinking_lm.metrics import Mean
+from thinking_lm.thoughts.spec import ThoughtConfig
+from thinking_lm.types import Trace
+
+
+@dataclasses.dataclass(frozen=True)
+class HealthConfig:
+  """Thresholds of the alarms (0 switches a rule off), and how often thoughts are examined."""
+
+  every: int = option(
+    200, "steps between examinations of one batch of evaluation.split (evaluation/health.py); 0: none", low=0
+  )
+  patience: int = option(3, "readings in a row beyond a threshold before an alarm", low=1)
+  entropy_low: float = option(0.3, "warn: entropy of thoughts falls below this share of the first reading", low=0)
+  entropy_high: float = option(1.5, "warn: entropy of thoughts rises above so many times the first reading", low=0)
+  entropy_stop: float = option(0.0, "stop the run: entropy below this share of the first reading", low=0, high=1)
+  empty: float = option(0.8, "warn: share of thoughts that stop before their first token", low=0, high=1)
+  full: float = option(0.5, "warn: share of thoughts that never stop by themselves", low=0, high=1)
+  repeated: float = option(0.9, "warn: share of think tokens that repeat the one before", low=0, high=1)
+  alike: float = option(0.999, "warn: cosine of successive continuous thoughts", low=0, high=1)
+  flat: float = option(0.9, "warn: share of groups whose samples are all paid the same", low=0, high=1)
+  drift: float = option(10.0, "warn: KL to the reference above so many times its median so far", low=0)
+  gradients: float = option(1e3, "warn: one term's gradient norm is so many times the other's", low=0)
+  mismatch: float = option(0.0, "warn: sampler and learner differ by so many nats; 0: 1e-4, or 0.05 in bfloat16", low=0)
+  effect: bool = option(True, "warn: the reward rises and thoughts have no effect on the prediction")
+
+
+def _pairs(trace, thought):
+  """(each think token but the first, or each thought but a row's first if they are of one token; the ones before; which
+  of them exist), along the axis of either.
+  """
+  inputs, tokens = trace.thoughts.inputs_BGNJD, trace.thoughts.tokens_BGNJ
+  if thought.length > 1:
+    there = jnp.arange(thought.length) < trace.used_BGN[..., None]
+    return (inputs[..., 1:, :], tokens[..., 1:]), (inputs[..., :-1, :], tokens[..., :-1]), there[..., 1:]
+  there = jnp.broadcast_to(trace.valid_BN[:, None, 1:, None], tokens[:, :, 1:].shape)
+  return (inputs[:, :, 1:], tokens[:, :, 1:]), (inputs[:, :, :-1], tokens[:, :, :-1]), there
+
+
+def empty_thoughts(trace, thought) -> Mean:
+  """Share of thoughts that stopped before their first token."""
+  del thought
+  return Mean.of(trace.used_BGN == 0, trace.valid_BN[:, None])
+
+
+def full_thoughts(trace, thought) -> Mean:
+  """Share of thoughts that used all their tokens and did not stop by themselves."""
+  return Mean.of(trace.used_BGN == thought.length, trace.valid_BN[:, None])
+
+
+def repeated_tokens(trace, thought) -> Mean:
+  """Share of think tokens that are the token before, within a thought; of one-token thoughts, the thought before."""
+  (_, after), (_, before), there = _pairs(trace, thought)
+  return Mean.of(after == before, there)
+
+
+def distinct_thoughts(trace, thought) -> Mean:
+  """Different thoughts of a group / G: 1 / G when all samples are the same. What is behind a STOP does not count."""
+  there = jnp.arange(thought.length) < trace.used_BGN[..., None]
+  tokens_BGNJ = jnp.where(there, trace.thoughts.tokens_BGNJ, -1)
+  same_BGGN = jnp.all(tokens_BGNJ[:, :, None] == tokens_BGNJ[:, None], axis=-1)
+  earlier_GG = jnp.tril(jnp.ones(same_BGGN.shape[1:3], bool), -1)
+  new_BGN = ~jnp.any(same_BGGN & earlier_GG[:, :, None], axis=2)
+  return Mean.of(new_BGN, trace.valid_BN[:, None])
+
+
+def thought_scale(trace, thought) -> Mean:
+  """Root mean square of a think token's input; that of an embedding at initialisation is 1."""
+  there = (jnp.arange(thought.length) < trace.used_BGN[..., None]) & trace.valid_BN[:, None, :, None]
+  return Mean.of(_rms(trace.thoughts.inputs_BGNJD), there)
+
+
+def successive_cosine(trace, thought) -> Mean:
+  """Cosine of successive think tokens' inputs, within a thought; of one-token thoughts, of successive thoughts."""
+  (after, _), (before, _), there = _pairs(trace, thought)
+  cosine = jnp.mean(after * before, axis=-1) / jnp.maximum(_rms(after) * _rms(before), 1e-30)
+  return Mean.of(cosine, there)
+
+
+def _rms(x):
+  return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1))
+
+
+class Sign(NamedTuple):
+  """of: (trace, thought) -> Mean. needs: ThoughtConfig -> bool, whether it says anything about such thoughts."""
+
+  of: Callable[[Trace, ThoughtConfig], Mean]
+  needs: Callable[[ThoughtConfig], bool]
+
+
+SIGNS = dict(
+  empty_thoughts=Sign(empty_thoughts, lambda thought: thought.may_stop),
+  full_thoughts=Sign(full_thoughts, lambda thought: thought.may_stop),
+  repeated_tokens=Sign(repeated_tokens, lambda thought: thought.kind_of.stochastic),
+  distinct_thoughts=Sign(distinct_thoughts, lambda thought: thought.kind_of.stochastic and thought.samples > 1),
+  thought_scale=Sign(thought_scale, lambda thought: thought.kind in ("latent", "soft")),
+  successive_cosine=Sign(successive_cosine, lambda thought: thought.kind in ("latent", "soft")),
+)
+
+
+def signs(trace: Trace, thought: ThoughtConfig) -> dict[str, Mean]:
+  """What SIGNS say about a trace, without gradients; nothing where there are no thoughts."""
+  if not thought.length or not trace.valid_BN.shape[1]:
+    return {}
+  trace = jax.lax.stop_gradient(trace)
+  return {name: sign.of(trace, thought) for name, sign in SIGNS.items() if sign.needs(thought)}
+
+
+class History(NamedTuple):
+  """The readings of one number so far: the first one, and the latest ones (at most 100), oldest first."""
+
+  first: float
+  recent: tuple[float, ...]
+
+  @property
+  def last(self) -> float:
+    """The newest reading."""
+    return self.recent[-1]
+
+
+def value(name: str):
+  """A measure: the newest reading of `name`."""
+  return lambda histories: histories[name].last
+
+
+def of_first(name: str):
+  """A measure: the newest reading as a multiple of the first one."""
+  return lambda histories: histories[name].last / max(abs(histories[name].first), 1e-12)
+
+
+def of_median(name: str):
+  """A measure: the newest reading as a multiple of the median of those before it; 1 while there are fewer than ten."""
+
+  def measure(histories):
+    *before, last = histories[name].recent
+    return last / max(sorted(before)[len(before) // 2], 1e-12) if len(before) >= 10 else 1.0
+
+  return measure
+
+
+def imbalance(left: str, right: str):
+  """A measure: the larger of two positive readings as a multiple of the smaller one."""
+
+  def measure(histories):
+    a, b = histories[left].last, histories[right].last
+    return max(a, b) / max(min(a, b), 1e-30)
+
+  return measure
+
+
+def gain_without_effect(histories):
+  """How much the reward rose since the first reading while thoughts have no effect; 0 where they have one.
+
+  The effect of thoughts is what it costs to leave them out, in nats per target. A reward that rises all the same is
+  earned by something else than thinking.
+  """
+  if histories["effect_none"].last > 0:
+    return 0.0
+  return histories["reward"].last - histories["reward"].first
+
+
+class Rule(NamedTuple):
+  """An alarm waiting to be raised.
+
+  reads: names of the numbers that `measure` looks at; the rule is silent until all of them have been read.
+  measure: {name: History} -> float. low, high: what it must not fall below or rise above; None is no bound.
+  advice: what it means and what to do about it. stops: the run ends, instead of a warning.
+  """
+
+  reads: tuple[str, ...]
+  measure: Callable[[dict[str, History]], float]
+  low: float | None
+  high: float | None
+  advice: str
+  stops: bool = False
+
+  def broken(self, measured: float) -> bool:
+    """Whether this measurement is beyond a bound, or is no number."""
+    below = self.low is not None and measured < self.low
+    above = self.high is not None and measured > self.high
+    return below or above or math.isnan(measured)
+
+
+def rules(config: HealthConfig, vocabulary_size: int, half_precision: bool) -> dict[str, Rule]:
+  """The rules that the thresholds switch on, by name.
+
+  The failures are those that runs of others ended in: entropy collapse and explosion, thoughts that grow to the cap or
+  vanish, drift from the reference, groups without a signal, a sampler whose probabilities are not the learner's,
+  reward without an effect, repetition, one gradient drowning the other, and latents that stand still.
+  """
+  mismatch = config.mismatch or (0.05 if half_precision else 1e-4)
+  entropy, uniform = ("think_entropy",), 0.9 * math.log(vocabulary_size)
+  policy = "raise objective.entropy_weight, or lower the learning rate"
+  table = dict(
+    entropy_low=Rule(entropy, of_first(*entropy), config.entropy_low, None, f"thoughts become all the same: {policy}"),
+    entropy_high=Rule(entropy, of_first(*entropy), None, config.entropy_high, "thoughts become noise: lower rates"),
+    entropy_uniform=Rule(
+      entropy, value(*entropy), None, uniform * bool(config.entropy_high), "thoughts are nearly uniform noise"
+    ),
+    entropy_stop=Rule(entropy, of_first(*entropy), config.entropy_stop, None, f"entropy collapsed: {policy}", True),
+    empty=Rule(
+      ("empty_thoughts",), value("empty_thoughts"), None, config.empty, "thinking does not pay: lower objective.price"
+    ),
+    full=Rule(("full_thoughts",), value("full_thoughts"), None, config.full, "thoughts hit their cap: raise the price"),
+    repeated=Rule(("repeated_tokens",), value("repeated_tokens"), None, config.repeated, "thoughts repeat one token"),
+    alike=Rule(("successive_cosine",), value("successive_cosine"), None, config.alike, "latent thoughts stand still"),
+    flat=Rule(("flat_groups",), value("flat_groups"), None, config.flat, "no signal: thoughts change nothing yet"),
+    drift=Rule(("kl",), of_median("kl"), None, config.drift, "the policy jumps away from its reference"),
+    gradients=Rule(
+      ("nll_grad_norm", "score_grad_norm"),
+      imbalance("nll_grad_norm", "score_grad_norm"),
+      None,
+      config.gradients,
+      "one term drowns the other: change objective.score_weight",
+    ),
+    mismatch=Rule(
+      ("sampler_mismatch",), value("sampler_mismatch"), None, mismatch, "drawn thoughts are scored as other ones"
+    ),
+    effect=Rule(
+      ("effect_none", "reward"), gain_without_effect, None, 0.0, "the reward rises, and not by thinking better"
+    ),
+  )
+  off = {name for name in table if name in dataclasses.asdict(config) and not getattr(config, name)} - {"mismatch"}
+  off |= set() if config.entropy_high else {"entropy_uniform"}
+  return {name: rule for name, rule in table.items() if name not in off}
