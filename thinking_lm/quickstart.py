@@ -20,7 +20,6 @@ from typing import Any
 from absl import flags
 
 from thinking_lm import errors
-from thinking_lm.config import pick
 from thinking_lm.errors import UsageError
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where the arms' work directories go.")
@@ -192,12 +191,21 @@ def sample(directory: pathlib.Path) -> str:
   return f"{prompt.decode()}{text}"
 
 
+def _check() -> None:
+  """Raises UsageError where the command line names what is not there."""
+  if not _WORKDIR.value:
+    raise UsageError("--workdir is empty; give a directory, or leave it out")
+  parts = _PARTS.value
+  strange = next((part for part in parts if part not in PARTS), None)
+  if strange is not None or not parts or len(set(parts)) < len(parts):
+    raise UsageError(f"--parts takes each of {', '.join(PARTS)} once, got {','.join(parts)!r}")
+
+
 def main(argv) -> None:
   """Runs the parts one after the other."""
   del argv
   began = time.monotonic()
-  for part in _PARTS.value:
-    pick(PARTS, part, "part")
+  _check()
   root = pathlib.Path(_WORKDIR.value).resolve()
   jobs = [(part, arm, seed) for part in _PARTS.value for arm in PARTS[part] for seed in range(_SEEDS.value)]
   parts: dict[str, list] = {}
