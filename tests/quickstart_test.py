@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from thinking_lm import quickstart
+from thinking_lm import experiment, quickstart
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -39,6 +39,7 @@ def tiny(monkeypatch):
 
 def call(capsys, workdir, **options):
   """What the quickstart prints."""
+  assert experiment, "libraries define flags when they are imported, and flagsaver removes those that it did not know"
   if not flags.FLAGS.is_parsed():
     flags.FLAGS(["quickstart"])
   with flagsaver.flagsaver(workdir=str(workdir), steps=2, **options):
