@@ -143,6 +143,9 @@ class Trace:
     outcomes of units are disjoint.
   free_BT: the batch's weights of the targets that no thought comes before, 0 at the others: their log-probability is
     the same in every sample, and together with the units' targets they are all targets.
+  unit_BT: int32 index into N of the unit whose outcome holds the target; N for targets that no thought comes before.
+  relaxed_BGN: where thought.relaxation asks for it, the outcome of the relaxed thought: a control variate (see
+    `thoughts.relaxed`), differentiable in the policy only.
   base_outcome_BN: the outcome without any thought, where known (`private`); else None.
   outcome_hit_BGN: bool, every weighted target of the outcome is the most likely real token.
   dropped_B: of the layout.
@@ -162,6 +165,8 @@ class Trace:
   thoughts: Thoughts
   unit_BN: jax.Array | None = None
   free_BT: jax.Array | None = None
+  unit_BT: jax.Array | None = None
+  relaxed_BGN: jax.Array | None = None
   base_outcome_BN: jax.Array | None = None
   outcome_hit_BGN: jax.Array | None = None
   dropped_B: jax.Array | None = None

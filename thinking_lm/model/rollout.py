@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from thinking_lm.model.decoder import Cache, Model, Seen
 from thinking_lm.model.readout import policy, target_logp
 from thinking_lm.model.thinking import empty_cache, stream_serial, think
-from thinking_lm.thoughts import topology
+from thinking_lm.thoughts import relaxed, topology
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.types import Batch, Layout, Params, Thoughts, Trace
 
@@ -103,8 +103,9 @@ def _persistent(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trac
   thoughts, anchor_BGND, think_BGNJD = jax.tree.map(split, (thoughts, anchor_BND, think_BNJD))
   policy = _policy(decoder, config, anchor_BGND, think_BGNJD, thoughts)
   trace = _trace(decoder, config, batch, layout, thoughts, policy, split(logp_BT), split(hit_BT), outcome_BGN)
-  unit_BN, free_BT = topology.documents(batch, layout)
-  return trace.replace(unit_BN=unit_BN, free_BT=free_BT, outcome_hit_BGN=missed_BGN == 0)
+  unit_BN, unit_BT = topology.documents(batch, layout)
+  free_BT = jnp.where(unit_BT < N, 0, batch.weights_BT)
+  return trace.replace(unit_BN=unit_BN, unit_BT=unit_BT, free_BT=free_BT, outcome_hit_BGN=missed_BGN == 0)
 
 
 def _stream(decoder, drawer, config, rows, stream, keys_BN, N, C, given):
@@ -170,16 +171,36 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
   policy = _policy(decoder, config, split(anchor_BPD), split(hidden_BPXD[:, :, :J]), thoughts)
   trace = _trace(decoder, config, batch, layout, thoughts, policy, logp_BGT, hit_BGT, outcome_BGN)
   base_BNM = pick(base_logp_BT, plan.target_BNM, 0)
+  unit_BN = jnp.broadcast_to(jnp.arange(N), (B, N))
+  unit_BT = topology.scatter((B, T), N, layout.anchors_BN, unit_BN)
   trace = trace.replace(
-    unit_BN=jnp.broadcast_to(jnp.arange(N), (B, N)),
-    free_BT=jnp.where(topology.rest(batch, layout, 1).any(axis=1), 0, batch.weights_BT),
+    unit_BN=unit_BN,
+    unit_BT=unit_BT,
+    free_BT=jnp.where(unit_BT < N, 0, batch.weights_BT),
     base_logp_BT=base_logp_BT,
     base_outcome_BN=jnp.sum(base_BNM * weights_BNM, axis=-1),
     outcome_hit_BGN=jnp.all(hit_BGNM | (weights_BNM == 0)[:, None], axis=-1),
   )
+  if config.relaxation and drawer is not None:
+    before_BPD = hidden_BPXD[:, :, 0] if config.opening else anchor_BPD
+    copies = _relaxed(decoder, drawer, config, before_BPD, thoughts.tokens_BGNJ.reshape(B, G * N), keys_BP)
+    stopped = jax.lax.stop_gradient((anchor_BPD, ahead_BPAD, past))
+    hidden = _side_by_side(drawer, None, config, *stopped[:2], tile(plan.positions_BNX), None, stopped[2], copies)[0]
+    relaxed_BGNM = split(target_logp(drawer, hidden[:, :, J - 1 :], targets_BPM)[0]) * weights_BNM[:, None]
+    trace = trace.replace(relaxed_BGN=jnp.where(trace.valid_BN[:, None], relaxed_BGNM.sum(axis=-1), 0.0))
   if config.lookahead > 1:
     trace = trace.replace(ahead_logp_BGNA=logp_BGNM[..., 1:], ahead_weights_BNA=weights_BNM[..., 1:])
   return trace
+
+
+def _relaxed(decoder, drawer, config, before_BPD, tokens_BP, keys_BP) -> Thoughts:
+  """The relaxed copies of drawn single tokens (`thoughts.relaxed`), differentiable in the policy only."""
+  keys_BP = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(
+    keys_BP, config.length
+  )  # 0 ... drew the thought
+  logp_BPV = jax.nn.log_softmax(decoder.logits(before_BPD) / config.temperature)
+  weights_BPV = relaxed.weights(relaxed.coupled(logp_BPV, tokens_BP, keys_BP), config.relaxation)
+  return Thoughts(drawer.mix(weights_BPV.astype(before_BPD.dtype))[:, :, None], tokens_BP[..., None])
 
 
 def _side_by_side(decoder, drawer, config, anchor_BPD, ahead_BPAD, positions_BPX, keys_BP, past, given):

@@ -36,6 +36,7 @@ class ThoughtConfig:
   temperature_end: float = option(0.0, "gumbel: temperature at the end of its decay; 0 keeps it constant", low=0)
   temperature_steps: int = option(0, "gumbel: training steps of that decay, by the same factor each", low=0)
   noise: float = option(0.3, "noisy: standard deviation of the noise; an input has about 1 per dimension", above=0)
+  relaxation: float = option(0.0, "sampled: temperature of REBAR's relaxed copy of a thought; 0 makes none", low=0)
   top_k: int = option(0, "soft, noisy: keep only the k most likely tokens and renormalise; 0 keeps all", low=0)
   halting: str = option("fixed", "WHEN: fixed length, where STOP is drawn, or where entropy is low", choices=HALTING)
   stop_below: float = option(1.0, "halting=entropy: entropy of the next token, nats, at which a thought ends", low=0)
@@ -66,7 +67,7 @@ class ThoughtConfig:
       found.append(f"kind {self.kind!r} needs a temperature above 0; a very small one is nearly hard")
     if 0 < self.temperature < 1e-3:
       found.append(f"temperature {self.temperature} is neither 0 (the most likely token) nor at least 0.001")
-    found += self._schedule_faults()
+    found += self._schedule_faults() + self._relaxation_faults()
     if self.placement == "explicit" and not self.positions:
       found.append("placement 'explicit' needs positions, such as (3, 7)")
     if self.length and self.placement == "sentence" and not self.room:
@@ -91,6 +92,17 @@ class ThoughtConfig:
     if not self.temperature_end or not self.temperature_steps:
       return ["temperature_end and temperature_steps go together: set both above 0, or neither"]
     return ["temperature_end must be 0 or at least 0.001"] if self.temperature_end < 1e-3 else []
+
+  def _relaxation_faults(self) -> list[str]:
+    """Of REBAR's relaxed thoughts, which are made for single tokens that nothing else sees."""
+    wanted = dict(kind="sampled", topology="private", length=1, halting="fixed", rescore=True)
+    if not self.relaxation:
+      return []
+    got = ", ".join(f"{name} {getattr(self, name)!r}" for name in wanted if getattr(self, name) != wanted[name])
+    if got or not self.temperature:
+      needs = ", ".join(f"{name} {value!r}" for name, value in wanted.items())
+      return [f"relaxation needs {needs} and a temperature above 0, got {got or 'temperature 0'}"]
+    return ["relaxation must be 0 or at least 0.001"] if self.relaxation < 1e-3 else []
 
   def at(self, step) -> "ThoughtConfig":
     """The config at a training step: its temperature there, as a traced number.

@@ -154,10 +154,10 @@ def rest(batch: Batch, layout: Layout, lookahead: int):
 
 
 def documents(batch: Batch, layout: Layout):
-  """(unit_BN, free_BT) of persistent thoughts, as in Trace: whose outcome a document's thoughts share, and the rest."""
+  """(unit_BN, unit_BT) of persistent thoughts, as in Trace: whose outcome a document's thoughts and targets share."""
   B, N = layout.anchors_BN.shape
   segment_BN = take(batch.segments_BT, layout.anchors_BN, 0)
   same_BNN = segment_BN[:, :, None] == segment_BN[:, None, :]
-  thought_BT = rest(batch, layout, 0).any(axis=1)
   unit_BN = jnp.argmax(same_BNN, axis=-1) if N else jnp.zeros((B, 0), jnp.int32)
-  return unit_BN, jnp.where(thought_BT, 0, batch.weights_BT)
+  first_BNT = jnp.where(rest(batch, layout, 0), jnp.arange(N)[:, None], N)  # anchors ascend: the first one is the unit
+  return unit_BN, jnp.min(first_BNT, axis=1, initial=N)
