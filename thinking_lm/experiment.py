@@ -28,8 +28,10 @@ from thinking_lm.evaluation.health import Examination
 from thinking_lm.evaluation.hook import EvaluationConfig, hooks
 from thinking_lm.metrics import Mean
 from thinking_lm.model.decoder import Model, ModelConfig
+from thinking_lm.model.enumeration import rollout_every
 from thinking_lm.model.generate import Generation, Sampling, generate
 from thinking_lm.model.rollout import rollout
+from thinking_lm.objectives.exact import marginal
 from thinking_lm.objectives.health import HealthConfig, History, signs
 from thinking_lm.objectives.health import rules as health_rules
 from thinking_lm.objectives.objective import ObjectiveConfig, objective, volume
@@ -65,6 +67,7 @@ class ExperimentConfig:
     return (
       schedule_faults(self.optimizer, self.train.steps)
       + rules.objective_faults(self.objective, self.thought)
+      + rules.estimator_faults(self.objective, self.thought)
       + rules.room_faults(self.thought, self.data.sequence_length, self.data.aligned)
     )
 
@@ -138,10 +141,14 @@ class Experiment:
 
   def loss_fn(self, params: Params, batch: Batch, key, carried: Carried) -> tuple[jax.Array, dict[str, Mean]]:
     """The loss of a batch, summed over targets, and its metrics."""
-    del carried  # nothing asks for it yet
-    trace = self.rollout(params, batch, key)
-    loss, metrics = objective(self.config.objective, trace)
-    return loss, metrics | volume(trace, batch, self.data.vocabulary) | signs(trace, self.config.thought)
+    goal, thought = self.config.objective, self.config.thought.at(carried.step)
+    if goal.exact:
+      trace, told = marginal(rollout_every(self.model, thought, params, batch, self.place(batch, thought), key)), {}
+    else:
+      trace = self.rollout(params, batch, key, thought=thought)
+      told = signs(trace, thought)
+    loss, metrics = objective(goal, trace)
+    return loss, metrics | volume(trace, batch, self.data.vocabulary) | told
 
   def run(self, mesh: Mesh | None = None) -> Run:
     """What `training.loop.train` trains.
@@ -233,7 +240,11 @@ def build(config: ExperimentConfig, rows: bool = True) -> Experiment:
     ConfigError, DataError: as of `pipeline.build`.
   """
   config = dataclasses.replace(config, data=pipeline.locate(config.data))
-  return _wired(config, (pipeline.build if rows else pipeline.without_rows)(config.data))
+  data = (pipeline.build if rows else pipeline.without_rows)(config.data)
+  faults = rules.size_faults(config.objective, config.thought, data) if rows else []
+  if faults:
+    raise ConfigError(faults)
+  return _wired(config, data)
 
 
 def _wired(config: ExperimentConfig, data: pipeline.Data) -> Experiment:

@@ -6,6 +6,7 @@ Rules within a section stand in its `faults()`. All of this is looked at before 
 from thinking_lm.objectives.advantages import ADVANTAGES
 from thinking_lm.objectives.objective import ObjectiveConfig
 from thinking_lm.objectives.rewards import REWARDS
+from thinking_lm.thoughts import enumeration
 from thinking_lm.thoughts.placement import PLACEMENTS, capacity
 from thinking_lm.thoughts.spec import ThoughtConfig
 
@@ -24,13 +25,50 @@ def room_faults(thought: ThoughtConfig, T: int, aligned: int) -> list[str]:
   return []
 
 
+def estimator_faults(goal: ObjectiveConfig, thought: ThoughtConfig) -> list[str]:
+  """What ways to get at a gradient ask of the thoughts."""
+  found = []
+  if goal.exact:
+    wanted = dict(kind="sampled", samples=1)
+    found += [
+      f"objective.exact takes every thought of kind 'sampled' once: it needs thought.{name} {value!r}, got "
+      f"{getattr(thought, name)!r}"
+      for name, value in wanted.items()
+      if getattr(thought, name) != value
+    ]
+    if thought.length == 0 or thought.temperature == 0:
+      found.append("objective.exact needs thought.length and thought.temperature above 0: there is nothing to sum over")
+    if thought.halting not in enumeration.HALTING:
+      found.append(f"objective.exact needs thought.halting {' or '.join(enumeration.HALTING)}, got {thought.halting!r}")
+  if bool(goal.control) != bool(thought.relaxation):
+    found.append(
+      "objective.control weighs what thought.relaxation makes: set both above 0 or neither, got "
+      f"{goal.control} and {thought.relaxation}"
+    )
+  if thought.length and thought.kind == "noisy":
+    if goal.entropy_weight:
+      found.append("objective.entropy_weight: the entropy of kind 'noisy' is a constant, of thought.noise alone")
+    if goal.score_weight and not thought.rescore:
+      found.append(
+        "thought.rescore false differentiates noisy thoughts through their mixtures, which leaves nothing to "
+        "objective.score_weight: set one of the two"
+      )
+  return found
+
+
+def size_faults(goal: ObjectiveConfig, thought: ThoughtConfig, data) -> list[str]:
+  """What only the data (pipeline.Data) tell: too many thoughts to sum over in its rows."""
+  N = capacity(thought, data.sequence_length, data.aligned)
+  return enumeration.faults(thought, data.vocabulary.size, N) if goal.exact else []
+
+
 def objective_faults(goal: ObjectiveConfig, thought: ThoughtConfig) -> list[str]:
   """What an objective asks of the thoughts."""
   found, needs = [], ADVANTAGES[goal.advantage].needs
   for name in ("score_weight", "entropy_weight"):
     if getattr(goal, name) and not (thought.kind_of.policy and thought.length):
       found.append(
-        f"objective.{name} needs thoughts with a log-probability: thought.kind 'sampled' and thought.length "
+        f"objective.{name} needs thoughts with a log-probability: thought.kind 'sampled' or 'noisy' and thought.length "
         f"above 0, got kind {thought.kind!r} and length {thought.length}"
       )
     elif getattr(goal, name) and thought.temperature == 0:

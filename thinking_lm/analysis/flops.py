@@ -8,6 +8,8 @@ count, so that it can only check these formulas where every loop runs once.
 import dataclasses
 
 from thinking_lm.model.decoder import ModelConfig
+from thinking_lm.model.enumeration import CHUNK
+from thinking_lm.thoughts import enumeration
 from thinking_lm.thoughts.placement import blocks, capacity
 from thinking_lm.thoughts.spec import ThoughtConfig
 
@@ -120,5 +122,26 @@ def _with_backward(forward: Ledger, model: ModelConfig, gradient: bool, untouche
 
 def training_flops(config, vocabulary_size: int, T: int) -> float:
   """FLOPs of one training step of an ExperimentConfig, optimizer left out."""
-  row = ledger(config.model, vocabulary_size, config.thought, T, aligned=config.data.aligned, gradient=True)
-  return row.total * config.train.batch_size
+  of = _every_thought if config.objective.exact else _drawn_thoughts
+  return of(config, vocabulary_size, T) * config.train.batch_size
+
+
+def _drawn_thoughts(config, vocabulary_size: int, T: int) -> float:
+  """A row with its gradient; REBAR's relaxed copies go through the model once more, which itself gets no gradient."""
+  thought = config.thought
+  row = ledger(config.model, vocabulary_size, thought, T, aligned=config.data.aligned, gradient=True)
+  if not thought.relaxation:
+    return row.total
+  head = 2.0 * config.model.width * vocabulary_size
+  copies = thought.samples * capacity(thought, T, config.data.aligned)
+  return row.total + 2 * row.think + copies * head * (3 * thought.lookahead + 3 + 4)  # targets, policy, mixtures
+
+
+def _every_thought(config, vocabulary_size: int, T: int) -> float:
+  """A row and its gradient when all thoughts are scored and none drawn, in parts that the backward pass runs again."""
+  Z = enumeration.number(config.thought, vocabulary_size, capacity(config.thought, T, config.data.aligned))
+  parts = -(-Z // CHUNK)
+  few = dataclasses.replace(config.thought, samples=-(-Z // parts), rescore=True)
+  row = ledger(config.model, vocabulary_size, few, T, aligned=config.data.aligned, gradient=True)
+  again = row.forward - row.draw if parts > 1 else 0.0
+  return parts * (row.total - row.draw + again)

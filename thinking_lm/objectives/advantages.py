@@ -101,6 +101,7 @@ class Advantage(NamedTuple):
   scale: G -> expected score gradient / that of E r, where this is a number; None where its direction is another.
   bound: "M" if its reward must be an outcome and it credits the bound M; None if it takes any reward.
   keep: reward_BGN -> keep_BN, the groups that stay in the batch; None keeps all.
+  linear: A_g is r_g less a baseline of the others, so that what is subtracted from r_g may be added back elsewhere.
   """
 
   of: Callable
@@ -109,15 +110,16 @@ class Advantage(NamedTuple):
   scale: Callable | None = None
   bound: str | None = None
   keep: Callable | None = None
+  linear: bool = False
 
 
 ADVANTAGES = dict(
-  none=Advantage(none, unbiased=True, needs=1, scale=lambda G: 1.0),
+  none=Advantage(none, unbiased=True, needs=1, scale=lambda G: 1.0, linear=True),
   mean=Advantage(mean, unbiased=False, needs=2, scale=lambda G: (G - 1) / G),
-  leave_one_out=Advantage(leave_one_out, unbiased=True, needs=2, scale=lambda G: 1.0),
+  leave_one_out=Advantage(leave_one_out, unbiased=True, needs=2, scale=lambda G: 1.0, linear=True),
   grpo=Advantage(grpo, unbiased=False, needs=2),
   dr_grpo=Advantage(mean, unbiased=False, needs=2, scale=lambda G: (G - 1) / G),
-  rlp=Advantage(rlp, unbiased=True, needs=2, scale=lambda G: 1.0),
+  rlp=Advantage(rlp, unbiased=True, needs=2, scale=lambda G: 1.0, linear=True),
   quiet_star=Advantage(quiet_star, unbiased=False, needs=2),
   dapo=Advantage(grpo, unbiased=False, needs=2, keep=varied),
   vimco=Advantage(vimco, unbiased=True, needs=2, bound="M"),

@@ -34,6 +34,8 @@ class ObjectiveConfig:
   reward: str = option("log_prob", "what the score term pays a thought for", choices=REWARDS)
   price: float = option(0.0, "what a think token costs a thought, in units of the reward", low=0)
   advantage: str = option("leave_one_out", "how the score term centres rewards", choices=ADVANTAGES)
+  control: float = option(0.0, "weight of REBAR's control variate in the score term, see thought.relaxation", low=0)
+  exact: bool = option(False, "draw nothing: nll_weight weighs the bound itself, summed over every thought there is")
 
   def faults(self) -> list[str]:
     """Rules across fields."""
@@ -42,7 +44,24 @@ class ObjectiveConfig:
       found.append("nll_weight must not be negative")
     elif not (self.nll_weight or self.score_weight or self.base_weight):
       found.append("nll_weight, score_weight and base_weight are all 0: there is nothing to learn")
-    return found + (self._mismatches() if self.score_weight else [])
+    if self.exact and self.score_weight:
+      found.append("exact has both terms of the gradient in the value that nll_weight weighs: set score_weight to 0")
+    return found + (self._mismatches() if self.score_weight else []) + (self._control_faults() if self.control else [])
+
+  def _control_faults(self) -> list[str]:
+    """Score terms from which a control variate cannot be taken without a bias."""
+    found = []
+    if not self.score_weight:
+      found.append("control is a part of the score term, whose score_weight is 0")
+    if not ADVANTAGES[self.advantage].linear:
+      linear = ", ".join(name for name, member in ADVANTAGES.items() if member.linear)
+      found.append(f"control needs an advantage that is r_g less a baseline, got {self.advantage!r}; known: {linear}")
+    if not REWARDS[self.reward].smooth:
+      smooth = ", ".join(name for name, member in REWARDS.items() if member.smooth)
+      found.append(
+        f"control needs a reward that is a smooth function of the outcome, got {self.reward!r}; known: {smooth}"
+      )
+    return found
 
   def _mismatches(self) -> list[str]:
     """Score terms that are no part of the bound's gradient."""
@@ -93,12 +112,17 @@ def _score(config, trace):
   """
   member, (B, G, N) = ADVANTAGES[config.advantage], trace.outcome_BGN.shape
   reward_BGN = paid(config.reward, config.price, BOUNDS[config.bound].credit(jax.lax.stop_gradient(trace)))
-  advantage_BGN = member.of(reward_BGN)
+  credit_BGN, control_BGN = reward_BGN, jnp.zeros_like(reward_BGN)
+  if config.control:
+    copies = BOUNDS[config.bound].credit(trace.replace(outcome_BGN=trace.relaxed_BGN))
+    control_BGN = config.control * REWARDS[config.reward].of(copies)
+    credit_BGN -= jax.lax.stop_gradient(control_BGN)
+  advantage_BGN = member.of(credit_BGN)
   keep_BN, share_B = trace.valid_BN, jnp.ones(B)
   if member.keep:
     keep_BN &= member.keep(reward_BGN)
     share_B = keep_BN.sum(axis=1) / jnp.maximum(trace.valid_BN.sum(axis=1), 1)
-  score = jnp.sum(advantage_BGN * trace.policy_logp_BGN * keep_BN[:, None]) / G
+  score = jnp.sum((advantage_BGN * trace.policy_logp_BGN + control_BGN) * keep_BN[:, None]) / G
   valid_BGN = jnp.broadcast_to(trace.valid_BN[:, None], (B, G, N))
   told = dict(
     reward=Mean.of(reward_BGN, valid_BGN),

@@ -35,16 +35,21 @@ def exact_match(trace):
 
 
 class Reward(NamedTuple):
-  """A member of the table. of: Trace -> reward_BGN. base: it needs the pass without thoughts (topology private)."""
+  """A member of the table.
+
+  of: Trace -> reward_BGN. base: it needs the pass without thoughts (topology private). smooth: it is a differentiable
+  function of the outcome, so that a relaxed thought has one too.
+  """
 
   of: Callable
   base: bool = False
+  smooth: bool = False
 
 
 REWARDS = dict(
-  log_prob=Reward(log_prob),
-  info_gain=Reward(info_gain, base=True),
-  prob=Reward(prob),
+  log_prob=Reward(log_prob, smooth=True),
+  info_gain=Reward(info_gain, base=True, smooth=True),
+  prob=Reward(prob, smooth=True),
   exact_match=Reward(exact_match),
 )
 
