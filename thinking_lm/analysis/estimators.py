@@ -1,0 +1,63 @@
+"""The estimators under the microscope: each a few options of a config, put over a run's own thoughts.
+
+Where a thought goes, what sees it, how long it is and its temperature stay the run's; how its gradient is estimated is
+the estimator's, and every option of the objective that it does not name is at its default.
+"""
+
+import dataclasses
+from typing import Any
+
+from thinking_lm.objectives.objective import ObjectiveConfig
+
+SCORE = {"objective.score_weight": 1.0}
+
+ESTIMATORS: dict[str, dict[str, Any]] = dict(
+  hybrid=SCORE,
+  reinforce=SCORE | {"objective.advantage": "none"},
+  nll_only={},
+  score_only=SCORE | {"objective.nll_weight": 0.0},
+  rlp=SCORE | {"objective.nll_weight": 0.0, "objective.advantage": "rlp"},
+  quiet_star=SCORE | {"objective.advantage": "quiet_star"},
+  grpo=SCORE | {"objective.advantage": "grpo"},
+  vimco=SCORE | {"objective.bound": "M", "objective.advantage": "vimco"},
+  jepo=SCORE | {"objective.bound": "M", "objective.advantage": "jepo"},
+  verifree=SCORE | {"objective.bound": "P", "objective.reward": "prob"},
+  gumbel={"thought.kind": "gumbel"},
+  rebar=SCORE | {"objective.control": 0.4, "thought.relaxation": 2.0},
+  exact={"objective.exact": True},
+)
+"""name -> what it sets.
+
+hybrid: both terms of grad J, leave-one-out. reinforce: the same without a baseline. nll_only, score_only: one term of
+it. rlp: RLP's score term (the numbers of score_only). quiet_star, grpo: its clamp and its z-score, with the NLL term.
+vimco, jepo: both terms of bound M. verifree: of bound P. gumbel: straight-through. rebar: hybrid with a control variate
+through the relaxed sample. exact: grad J summed over every thought: what the others estimate.
+"""
+
+REFERENCES = dict(
+  J={"objective.exact": True},
+  M={"objective.exact": True, "objective.bound": "M"},
+  P={"objective.exact": True, "objective.bound": "P"},
+)
+"""What is compared with, where every thought can be enumerated."""
+
+SAMPLED_REFERENCES = dict(J=ESTIMATORS["hybrid"], M=ESTIMATORS["jepo"], P=ESTIMATORS["verifree"])
+"""What is compared with elsewhere, with many samples; that of M has a bias of its own, of order 1 / samples."""
+
+
+def settings(changes: dict[str, Any], thought, samples: int) -> dict[str, Any]:
+  """Every option that an estimator sets, over a run with this ThoughtConfig, as a flat dict.
+
+  Persistent thoughts are paid by the rest of their document, whatever look-ahead they were trained with: with a shorter
+  one no estimator is one of J.
+  """
+  found = {f"objective.{field.name}": field.default for field in dataclasses.fields(ObjectiveConfig)}
+  found |= {
+    **{"thought.kind": "sampled", "thought.relaxation": 0.0, "thought.top_k": 0, "thought.rescore": True},
+    **{"thought.temperature_end": 0.0, "thought.temperature_steps": 0},
+    **{"thought.temperature": thought.temperature or 1.0},
+  }
+  if thought.topology == "persistent":
+    found["thought.lookahead"] = 0
+  found |= changes
+  return found | {"thought.samples": 1 if found["objective.exact"] else samples}
