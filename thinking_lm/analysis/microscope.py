@@ -1,8 +1,8 @@
 """How biased and how noisy is a gradient? Moments of an estimator over many draws, held against a reference gradient.
 
 One batch of rows, one set of parameters. An estimate is the gradient of -loss per target, for one key. With K groups of
-estimates, whose means are independent, squared norms of expectations are estimated without a bias of their own: products
-are only taken between different groups. All numbers are given for all parameters and for each part of the model.
+estimates, whose means are independent, squared norms of expectations are estimated without a bias of their own:
+products are only taken between different groups. All numbers are given for all parameters and for each part of a model.
 """
 
 import math
@@ -87,7 +87,7 @@ def moments(estimator: Estimator, params: Params, batch: Batch, key, replicates:
 
 
 class Reference(NamedTuple):
-  """A gradient to compare with. grads: its leaves. spread: variance of each entry (0 for an exact one). how: in words."""
+  """A gradient to compare with. grads: its leaves. spread: variance of each entry (0 if exact). how: in words."""
 
   grads: Any
   spread: Any

@@ -8,8 +8,8 @@ from thinking_lm.analysis.microscope import parts
 from thinking_lm.errors import ConfigError
 
 LEGEND = (
-  "bias: |E estimate - g| / |g|, (<) its upper end at two standard errors; std: of one estimate, / |g|; error: root mean "
-  "squared |estimate - g| / |g|; cosine: of E estimate with g; signal: |E estimate along g|^2 / variance"
+  "bias: |E estimate - g| / |g|, (<) its upper end at two standard errors; std: of one estimate, / |g|; error: root "
+  "mean squared |estimate - g| / |g|; cosine: of E estimate with g; signal: |E estimate along g|^2 / variance"
 )
 
 
