@@ -7,14 +7,17 @@ from thinking_lm.objectives.advantages import ADVANTAGES
 from thinking_lm.objectives.objective import ObjectiveConfig
 from thinking_lm.objectives.rewards import REWARDS
 from thinking_lm.thoughts import enumeration
+from thinking_lm.thoughts.halting import HALTING
 from thinking_lm.thoughts.placement import PLACEMENTS, capacity
 from thinking_lm.thoughts.spec import ThoughtConfig
 
 
 def heads(thought: ThoughtConfig, goal: ObjectiveConfig) -> tuple[str, ...]:
   """The members of model.heads.HEADS that these sections need: no others exist as parameters."""
-  del thought, goal
-  return ()
+  del goal
+  if not thought.length:
+    return ()
+  return tuple(name for name in (HALTING[thought.halting].head, thought.mixing != "none" and "mix") if name)
 
 
 def room_faults(thought: ThoughtConfig, T: int, aligned: int) -> list[str]:
@@ -79,8 +82,22 @@ def objective_faults(goal: ObjectiveConfig, thought: ThoughtConfig) -> list[str]
     )
   if goal.base_weight and not thought.length:
     found.append("objective.base_weight needs thought.length above 0: without thoughts nll_weight weighs the same")
-  if goal.price and not goal.score_weight:
-    found.append("objective.price is paid by the policy gradient, whose objective.score_weight is 0")
+  if thought.learns_end:
+    if goal.bound != "J" or goal.reward not in ("log_prob", "info_gain"):
+      found.append(
+        f"thought.halting {thought.halting!r} is learned by the expected log-probability over its ends: it needs "
+        f"objective.bound 'J' and objective.reward 'log_prob' or 'info_gain', got {goal.bound!r} and {goal.reward!r}"
+      )
+    if not goal.nll_weight:
+      found.append(f"thought.halting {thought.halting!r} is learned by the term of objective.nll_weight, which is 0")
+  else:
+    if goal.halt_weight:
+      found.append(
+        f"objective.halt_weight needs thoughts whose end is learned: thought.halting ponder or router, got "
+        f"{thought.halting!r}"
+      )
+    if goal.price and not goal.score_weight:
+      found.append("objective.price is paid by the policy gradient, whose objective.score_weight is 0")
   if thought.topology != "private":
     absent = "needs thought.topology 'private': with 'persistent' there is no pass without thoughts"
     if goal.base_weight:

@@ -17,6 +17,7 @@ Terms:
   halting     WHEN a thought ends
   rollout     the one place that runs the model over real and think slots; gives a Trace
   trace       what a rollout leaves for an objective: log-probabilities, never the model
+  exit        a length at which a thought can end; K of them, where a head learns which one
   outcome     log p(y | x, z): the summed log-probability of the look-ahead targets of one thought
   unit        what a joint bound (M, P) is over: the outcome of a private thought, or of all of a document's thoughts
   advantage   the reward of a thought minus its baseline; it multiplies grad log pi(z | x)
@@ -149,6 +150,10 @@ class Trace:
   base_outcome_BN: the outcome without any thought, where known (`private`); else None.
   outcome_hit_BGN: bool, every weighted target of the outcome is the most likely real token.
   dropped_B: of the layout.
+  exit_logp_BGNK, exit_outcome_BGNK, exit_length_K: where a head decides when a thought ends: log-probability of each of
+    the K exits, the outcome there, and its think tokens; None otherwise. logp_BGT, hit_BGT and used_BGN are then those
+    of the one exit that decoding takes, policy_logp_BGN is that of all n think tokens.
+  mix_BGN: weight in [0, 1] of the prediction after the thought, at its anchor; None where nothing is mixed.
   """
 
   logp_BGT: jax.Array
@@ -169,4 +174,8 @@ class Trace:
   relaxed_BGN: jax.Array | None = None
   base_outcome_BN: jax.Array | None = None
   outcome_hit_BGN: jax.Array | None = None
+  exit_logp_BGNK: jax.Array | None = None
+  exit_outcome_BGNK: jax.Array | None = None
+  exit_length_K: jax.Array | None = None
+  mix_BGN: jax.Array | None = None
   dropped_B: jax.Array | None = None

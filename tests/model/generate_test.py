@@ -17,7 +17,7 @@ from thinking_lm.types import Batch, Thoughts, Vocabulary
 
 V, BORDER = 6, 5
 VOCABULARY = Vocabulary(V, BORDER, np.ones(V, np.int32), np.array([0, 1, 2, 3, 0, 0], np.int8))
-MODEL = Model(ModelConfig(layers=2, width=16, heads=2, kv_heads=1), V)
+MODEL = Model(ModelConfig(layers=2, width=16, heads=2, kv_heads=1), V, heads=("halt", "mix", "router"))
 PROMPTS = [[5, 1, 2, 0], [5, 3], [5]]
 X = 5
 SAMPLING = Sampling(X)
@@ -25,7 +25,10 @@ SAMPLING = Sampling(X)
 
 @functools.cache
 def params():
-  return MODEL.init(jax.random.key(1))
+  """With heads that say something."""
+  made = MODEL.init(jax.random.key(1))
+  random = np.random.default_rng(0)
+  return made | dict(heads=jax.tree.map(lambda a: a + random.normal(size=a.shape).astype(a.dtype), made["heads"]))
 
 
 def rows(texts, targets_from=None):
@@ -70,6 +73,9 @@ CASES = [
   ("greedy", dict(kind="sampled", placement="every", topology="persistent", temperature=0.0)),
   ("entropy", dict(kind="latent", placement="every", topology="persistent", halting="entropy", stop_below=1.5)),
   ("entropy", dict(kind="soft", placement="stride", stride=2, topology="private", halting="entropy", stop_below=1.5)),
+  ("ponder", dict(kind="latent", placement="every", topology="private", halting="ponder", stop_at=0.6)),
+  ("router", dict(kind="pause", placement="every", topology="private", halting="router", mixing="probability")),
+  ("mixing", dict(kind="latent", placement="stride", stride=2, topology="private", mixing="logit")),
   ("greedy", dict(kind="sampled", placement="stride", stride=3, topology="private", temperature=0.0)),
 ]
 

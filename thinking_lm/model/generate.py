@@ -13,6 +13,7 @@ from flax import struct
 
 from thinking_lm.model.decoder import Cache, Decoder, Model, Seen
 from thinking_lm.model.layers import MASKED
+from thinking_lm.model.readout import predict
 from thinking_lm.model.thinking import block, empty_cache, stream_serial, think, write
 from thinking_lm.thoughts import topology
 from thinking_lm.thoughts.placement import PLACEMENTS, place
@@ -85,10 +86,10 @@ def generate(
       marked_B &= state.thoughts_B < config.cap
     if not config.length:
       marked_B = jnp.zeros_like(marked_B)
-    keys = fold(think_keys_B, state.i) if config.kind_of.stochastic else None
+    keys = fold(think_keys_B, state.i) if config.random else None
     advance = _private_step if config.topology == "private" else _persistent_step
-    cache, segments_BS, hidden_BD, thought_Bn = advance(decoder, config, state, marked_B, keys)
-    token_B, logp_B = _draw(decoder.logits(hidden_BD), fold(token_keys_B, state.i), sampling)
+    cache, segments_BS, base_BD, hidden_BD, thought_Bn = advance(decoder, config, state, marked_B, keys)
+    token_B, logp_B = _draw(predict(decoder, config, base_BD, hidden_BD), fold(token_keys_B, state.i), sampling)
     token_B = jnp.where(state.done_B, vocabulary.document, token_B)
     done_B = state.done_B | (token_B == vocabulary.document)
     put = lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, state.i, axis=1)
@@ -147,7 +148,7 @@ def _prefill(decoder: Decoder, config, prompts: Batch, vocabulary, keys_B, max_t
     stream = topology.persistent(batch, layout, config.slots, config.rotary)
     x_BSD = decoder.embed(topology.take(batch.tokens_BT, stream.token_BS, 0))
     keys_BN = None
-    if config.kind_of.stochastic:
+    if config.random:
       keys_BN = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys_B, layout.anchors_BN)
     _, _, stream, cache = stream_serial(decoder, config, stream, x_BSD, keys_BN, N, layout.block)
     segments_BS = stream.segments_BS
@@ -195,7 +196,10 @@ def _positions(config, state: _State):
 
 
 def _persistent_step(decoder, config, state: _State, marked_B, keys_B):
-  """Feeds one real token and its thought, if any: (cache, segments_BS, hidden_BD that predicts next, thought_Bn)."""
+  """Feeds one real token and its thought, if any.
+
+  Returns (cache, segments_BS, hidden state after the token, hidden state that predicts the next token, thought_Bn).
+  """
   start, S = _slot(config, state), state.segments_BS.shape[1]
   segments_BW = jnp.concatenate(
     [jnp.ones_like(marked_B)[:, None], jnp.repeat(marked_B[:, None], config.slots, axis=1)], axis=1
@@ -215,7 +219,7 @@ def _persistent_step(decoder, config, state: _State, marked_B, keys_B):
     hidden, own = decoder(x_B1D[:, None], state.rotary_B[:, None, None], jnp.ones((1, 1, 1, 1), bool), past)
     hidden_BD, thought_Bn = hidden[:, 0, 0], jnp.zeros((state.token_B.shape[0], 0), jnp.int32)
   segments_BS = jax.lax.dynamic_update_slice_in_dim(state.segments_BS, segments_BW, start, axis=1)
-  return write(state.cache, own, start), segments_BS, hidden_BD, thought_Bn
+  return write(state.cache, own, start), segments_BS, hidden_BD, hidden_BD, thought_Bn
 
 
 def _private_step(decoder, config, state: _State, marked_B, keys_B):
@@ -227,7 +231,7 @@ def _private_step(decoder, config, state: _State, marked_B, keys_B):
   cache = write(state.cache, own, start)
   segments_BS = state.segments_BS.at[:, start].set(1)
   if not config.length:
-    return cache, segments_BS, hidden[:, 0, 0], jnp.zeros((B, 0), jnp.int32)
+    return cache, segments_BS, hidden[:, 0, 0], hidden[:, 0, 0], jnp.zeros((B, 0), jnp.int32)
 
   def thinking(hidden_BD):
     own = Seen(empty_cache(decoder, B, 1, config.slots), jnp.zeros((1, 1, 1, 0), bool))
@@ -244,7 +248,8 @@ def _private_step(decoder, config, state: _State, marked_B, keys_B):
     return hidden_BD, _read(decoder, config, states, thoughts)
 
   skipping = lambda hidden_BD: (hidden_BD, jnp.full((B, config.length), -1, jnp.int32))
-  return cache, segments_BS, *jax.lax.cond(jnp.any(marked_B), thinking, skipping, hidden[:, 0, 0])
+  base_BD = hidden[:, 0, 0]
+  return cache, segments_BS, base_BD, *jax.lax.cond(jnp.any(marked_B), thinking, skipping, base_BD)
 
 
 def _read(decoder, config, states_BJD, thoughts):

@@ -7,6 +7,7 @@ To add one, write a module of (width, rngs) and its line in the table.
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -24,5 +25,23 @@ class Scalar(nnx.Module):
     return jnp.dot(hidden_XD.astype(jnp.float32), self.weight[...]) + self.bias[0]
 
 
-HEADS: dict[str, Callable[[int, nnx.Rngs], nnx.Module]] = dict(value=Scalar)
-"""name -> the module. value: the reward that is expected of a thought, read off its anchor's hidden state."""
+class Pair(nnx.Module):
+  """out . relu(first A + second B) + bias of two hidden states [..., D] -> [...]; 0 for all at initialisation."""
+
+  def __init__(self, width: int, rngs: nnx.Rngs):
+    self.first, self.second = (parameter(rngs, (width, width), ("embed", None), (2 * width) ** -0.5) for _ in range(2))
+    self.out = Scalar(width, rngs)
+
+  def __call__(self, first_XD, second_XD):
+    wide = (a.astype(jnp.float32) for a in (first_XD, second_XD))
+    mixed = (jnp.dot(a, matrix[...]) for a, matrix in zip(wide, (self.first, self.second), strict=True))
+    return self.out(jax.nn.relu(sum(mixed)))
+
+
+HEADS: dict[str, Callable[[int, nnx.Rngs], nnx.Module]] = dict(value=Scalar, mix=Pair, halt=Scalar, router=Scalar)
+"""name -> the module.
+
+value: the reward that is expected of a thought, read off its anchor's hidden state. mix: log-odds of trusting the
+prediction after a thought, of the hidden states without it and with it. halt: log-odds that a thought ends at a state.
+router: log-odds that there is a thought at all, of its anchor's hidden state.
+"""

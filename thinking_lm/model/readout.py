@@ -8,20 +8,41 @@ import jax
 import jax.numpy as jnp
 
 from thinking_lm import sharding
+from thinking_lm.thoughts.mixing import MIXING
 
 CHUNK = 8192
 """Hidden states whose logits a device holds at once."""
 
 
+def weight(decoder, base_XD, hidden_XD):
+  """weight_X in [0, 1] of the prediction after a thought, of the hidden states without it and with it."""
+  return jax.nn.sigmoid(decoder.heads["mix"](base_XD, hidden_XD))
+
+
+def predict(decoder, config, base_XD, hidden_XD):
+  """Logits [..., rows] of the next real token: of `hidden_XD`, or mixed with those of `base_XD`, as the config says."""
+  mix = MIXING[config.mixing]
+  if mix is None:
+    return decoder.logits(hidden_XD)
+  return mix(weight(decoder, base_XD, hidden_XD), decoder.logits(hidden_XD), decoder.logits(base_XD))
+
+
+def mixed_logp(decoder, config, base_BXD, hidden_BXD, targets_BX):
+  """`target_logp` of the prediction after a thought, mixed with the one without it if the config says so."""
+  if config.mixing == "none":
+    return target_logp(decoder, hidden_BXD, targets_BX)
+  score = lambda base, hidden, targets: _score(predict(decoder, config, base, hidden), targets)
+  return _chunked(score, base_BXD, hidden_BXD, targets_BX)
+
+
 def target_logp(decoder, hidden_BXD, targets_BX):
   """(log p(target), target is the most likely token) of each hidden state; float32 nats and bool, shape [B, ...]."""
+  return _chunked(lambda hidden, targets: _score(decoder.logits(hidden), targets), hidden_BXD, targets_BX)
 
-  def one(hidden, targets):
-    logits = decoder.logits(hidden)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
 
-  return _chunked(one, hidden_BXD, targets_BX)
+def _score(logits, targets):
+  chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
 
 
 def policy(decoder, config, hidden_BXD, thoughts):

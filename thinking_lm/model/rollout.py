@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from thinking_lm.model.decoder import Cache, Model, Seen
-from thinking_lm.model.readout import policy, target_logp
+from thinking_lm.model.readout import mixed_logp, policy, target_logp, weight
 from thinking_lm.model.thinking import empty_cache, stream_serial, think
-from thinking_lm.thoughts import relaxed, topology
+from thinking_lm.thoughts import halting, relaxed, topology
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.types import Batch, Layout, Params, Thoughts, Trace
 
@@ -49,8 +49,8 @@ def rollout(
 
 
 def _keys(config, batch, layout, key):
-  """One key for each row, sample and anchor; None for kinds that draw nothing."""
-  if not config.length or not config.kind_of.stochastic:
+  """One key for each row, sample and anchor; None where nothing is drawn."""
+  if not config.random:
     return None
   fold = jax.random.fold_in
   keys_B = jax.vmap(fold, (None, 0))(key, batch.ids_B)
@@ -158,10 +158,10 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
 
   weights_BNM = pick(batch.weights_BT, plan.target_BNM, 0)
   targets_BPM = tile(pick(batch.targets_BT, plan.target_BNM, 0))
-  readout_BPMD = jnp.concatenate(
-    [_end(config, anchor_BPD, hidden_BPXD, config.used(thoughts, decoder.stop)), hidden_BPXD[:, :, J:]], axis=2
-  )
-  logp_BGNM, hit_BGNM = map(split, target_logp(decoder, readout_BPMD, targets_BPM))
+  end_BP1D = _end(config, anchor_BPD, hidden_BPXD, config.used(thoughts, decoder.stop))
+  readout_BPMD = jnp.concatenate([end_BP1D, hidden_BPXD[:, :, J:]], axis=2)
+  without_BPMD = tile(_gather(base_B1TD[:, 0], plan.target_BNM.reshape(B, -1)).reshape(B, N, config.lookahead, -1))
+  logp_BGNM, hit_BGNM = map(split, mixed_logp(decoder, config, without_BPMD, readout_BPMD, targets_BPM))
   put = jax.vmap(lambda base_T, new_N, at_N: base_T.at[at_N].set(new_N, mode="drop"))  # over rows
   put = jax.vmap(put, (None, 1, None), 1)  # over samples
   logp_BGT = put(base_logp_BT, logp_BGNM[..., 0], layout.anchors_BN)
@@ -188,6 +188,8 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
     hidden = _side_by_side(drawer, None, config, *stopped[:2], tile(plan.positions_BNX), None, stopped[2], copies)[0]
     relaxed_BGNM = split(target_logp(drawer, hidden[:, :, J - 1 :], targets_BPM)[0]) * weights_BNM[:, None]
     trace = trace.replace(relaxed_BGN=jnp.where(trace.valid_BN[:, None], relaxed_BGNM.sum(axis=-1), 0.0))
+  learned = _learned(decoder, config, anchor_BPD, hidden_BPXD, readout_BPMD, targets_BPM, tile(weights_BNM))
+  trace = trace.replace(**jax.tree.map(split, learned))
   if config.lookahead > 1:
     trace = trace.replace(ahead_logp_BGNA=logp_BGNM[..., 1:], ahead_weights_BNA=weights_BNM[..., 1:])
   return trace
@@ -212,7 +214,8 @@ def _side_by_side(decoder, drawer, config, anchor_BPD, ahead_BPAD, positions_BPX
     anchor, shared = jax.lax.stop_gradient((anchor_BPD, past))
     drawn = think(drawer, config, anchor, positions_BPJ, keys_BP, shared, fresh)[1]
     given = _actions(decoder, config, drawn)
-  live = lambda thoughts: jnp.arange(J) <= _last(decoder, config, thoughts)[..., None]  # [B, P, J]
+  every = config.learns_end  # then all ends are scored, and all slots exist
+  live = lambda thoughts: (jnp.arange(J) <= _last(decoder, config, thoughts)[..., None]) | every  # [B, P, J]
   if given is not None:
     x = jnp.concatenate([_wrap(decoder, config, given), ahead_BPAD], axis=2)
     mask = (
@@ -233,6 +236,19 @@ def _end(config, anchor_BPD, hidden_BPXD, used_BP):
   last_BP = config.last(used_BP)[..., None, None]
   end_BP1D = jnp.take_along_axis(hidden_BPXD, jnp.maximum(last_BP, 0), axis=2)
   return jnp.where(last_BP < 0, anchor_BPD[:, :, None], end_BP1D)
+
+
+def _learned(decoder, config, anchor_BPD, hidden_BPJD, readout_BPMD, targets_BPM, weights_BPM) -> dict:
+  """What heads decide of P private thoughts, as in Trace: how they are mixed, and their exits."""
+  mixed = {} if config.mixing == "none" else dict(mix_BGN=weight(decoder, anchor_BPD, readout_BPMD[:, :, 0]))
+  if not config.learns_end:
+    return mixed
+  states_BPKD = jnp.concatenate([anchor_BPD[:, :, None], hidden_BPJD], axis=2)[:, :, jnp.asarray(halting.exits(config))]
+  tile = lambda a_BP: jnp.broadcast_to(a_BP[..., None], states_BPKD.shape[:3])
+  base_BPKD = jnp.broadcast_to(anchor_BPD[:, :, None], states_BPKD.shape)
+  logp_BPK, _ = mixed_logp(decoder, config, base_BPKD, states_BPKD, tile(targets_BPM[..., 0]))
+  exit_logp_BPK = halting.exit_logp(decoder, config, states_BPKD)
+  return mixed | dict(exit_logp_BGNK=exit_logp_BPK, exit_outcome_BGNK=logp_BPK * tile(weights_BPM[..., 0]))
 
 
 def _policy(decoder, config, anchor_BGND, think_BGNJD, thoughts):
@@ -267,6 +283,7 @@ def _trace(decoder, config, batch, layout, thoughts, policy, logp_BGT, hit_BGT, 
     used_BGN=jnp.where(valid_BGN, used_BGN, 0),
     thoughts=jax.lax.stop_gradient(thoughts),
     dropped_B=layout.dropped_B,
+    exit_length_K=jnp.asarray(halting.exits(config)) if config.learns_end else None,
   )
 
 

@@ -58,7 +58,7 @@ def think(
     return (hidden, cache, progress), (hidden, x, token)
 
   hidden, cache, around = hidden_BPD, own.cache, ([], [])
-  progress = halting.begin(decoder, config, hidden)
+  progress = halting.begin(decoder, config, hidden, keys_BP)
   if config.delimiters:
     hidden, cache = control(decoder.start, 0, cache)
     around[0].append(hidden[:, :, None])

@@ -16,10 +16,14 @@ import numpy as np
 
 from thinking_lm.config import option
 from thinking_lm.metrics import Mean
+from thinking_lm.objectives import exits
 from thinking_lm.objectives.advantages import ADVANTAGES, varied
 from thinking_lm.objectives.bounds import BOUNDS
 from thinking_lm.objectives.rewards import REWARDS, paid
 from thinking_lm.types import Batch, Trace, Vocabulary
+
+MIX_BINS = 5
+"""Of the histogram of mixing weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +37,8 @@ class ObjectiveConfig:
   bound: str = option("J", "which expectation over thoughts the NLL term maximises", choices=BOUNDS)
   reward: str = option("log_prob", "what the score term pays a thought for", choices=REWARDS)
   price: float = option(0.0, "what a think token costs a thought, in units of the reward", low=0)
+  halt_weight: float = option(0.0, "halting=ponder, router: of KL(where thoughts end || geometric prior)", low=0)
+  halt_prior: float = option(0.2, "that prior's probability of ending at each exit", above=0, high=0.999)
   advantage: str = option("leave_one_out", "how the score term centres rewards", choices=ADVANTAGES)
   control: float = option(0.0, "weight of REBAR's control variate in the score term, see thought.relaxation", low=0)
   exact: bool = option(False, "draw nothing: nll_weight weighs the bound itself, summed over every thought there is")
@@ -89,8 +95,14 @@ def objective(config: ObjectiveConfig, trace: Trace) -> tuple[jax.Array, dict[st
   count_B = trace.weights_BT.sum(axis=1)
   if trace.ahead_weights_BNA is not None:
     count_B += trace.ahead_weights_BNA.sum(axis=(1, 2))
-  loss = -config.nll_weight * BOUNDS[config.bound].value(trace)
   metrics = describe(trace)
+  if trace.exit_logp_BGNK is None:
+    loss = -config.nll_weight * BOUNDS[config.bound].value(trace)
+  else:
+    loss = -config.nll_weight * exits.value(trace, config.price, config.halt_weight, config.halt_prior)
+    valid_BGN = jnp.broadcast_to(trace.valid_BN[:, None], trace.outcome_BGN.shape)
+    metrics["halt_length"] = Mean.of(jax.lax.stop_gradient(exits.settled(trace)).used_BGN, valid_BGN)
+    metrics["halt_kl"] = Mean.of(jax.lax.stop_gradient(exits.divergence(trace, config.halt_prior)), valid_BGN)
   if config.base_weight:
     loss -= config.base_weight * jnp.sum(trace.base_logp_BT * trace.weights_BT)
   if config.entropy_weight:
@@ -111,7 +123,10 @@ def _score(config, trace):
   of flat_groups (whose thoughts are all paid the same, see `varied`), advantage_abs.
   """
   member, (B, G, N) = ADVANTAGES[config.advantage], trace.outcome_BGN.shape
-  reward_BGN = paid(config.reward, config.price, BOUNDS[config.bound].credit(jax.lax.stop_gradient(trace)))
+  credited = exits.settled(BOUNDS[config.bound].credit(jax.lax.stop_gradient(trace)))
+  reward_BGN = paid(config.reward, config.price, credited)
+  if config.halt_weight:
+    reward_BGN -= config.halt_weight * exits.divergence(credited, config.halt_prior)
   credit_BGN, control_BGN = reward_BGN, jnp.zeros_like(reward_BGN)
   if config.control:
     copies = BOUNDS[config.bound].credit(trace.replace(outcome_BGN=trace.relaxed_BGN))
@@ -139,6 +154,8 @@ def describe(trace: Trace) -> dict[str, Mean]:
   nll: nats per target with thoughts, mean over samples. accuracy: the target is the most likely token. nll_base: the
   same targets without thoughts, where known. think_length, think_entropy: per thought. thoughts: per row, and
   thoughts_dropped those that found no room in it (there only if a row can have more thoughts than thought.room).
+  mix_weight: of the prediction after a thought; mix_weight_0of5 ... 4of5: its histogram, the share in each fifth of
+  [0, 1].
   """
   trace = jax.lax.stop_gradient(trace)
   valid_BGN = jnp.broadcast_to(trace.valid_BN[:, None], trace.used_BGN.shape)
@@ -155,6 +172,11 @@ def describe(trace: Trace) -> dict[str, Mean]:
       think_entropy=Mean.of(trace.entropy_BGN, valid_BGN),
       thoughts=Mean(trace.valid_BN.sum().astype(jnp.float32), rows),
     )
+  if trace.mix_BGN is not None:
+    found["mix_weight"] = Mean.of(trace.mix_BGN, valid_BGN)
+    for low in range(MIX_BINS):
+      inside_BGN = jnp.minimum(jnp.floor(trace.mix_BGN * MIX_BINS), MIX_BINS - 1) == low
+      found[f"mix_weight_{low}of{MIX_BINS}"] = Mean.of(inside_BGN, valid_BGN)
   if trace.dropped_B is not None:
     found["thoughts_dropped"] = Mean.of(trace.dropped_B, jnp.ones(trace.dropped_B.shape))
   return found

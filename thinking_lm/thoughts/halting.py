@@ -1,8 +1,10 @@
 """WHEN a thought ends.
 
-A thought ends at a think token that the policy drew as STOP, or at a state: a rule gives the probability that it ends
-once it has j of its n think tokens, from the hidden state there. Shapes are static: what comes after the end is masked
+A thought ends at a think token that the policy drew as STOP, or at a state: a rule gives the log-odds that it ends once
+it has j of its n think tokens, from the hidden state there. Shapes are static: what comes after the end is masked
 in training (nothing later sees it, it is not scored, it costs no price), and decoding really stops there.
+
+Rules with a head are learned by the expectation over all ends, which are then all scored (types.Trace.exit_logp_BGNK).
 """
 
 from collections.abc import Callable
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 
 
 def entropy(model, hidden_XD, j, config):
-  """1 where the next real token's entropy is below config.stop_below nats: nothing is left to think about. Else 0.
+  """Certain where the next real token's entropy is below config.stop_below nats: nothing is left to think about.
 
   Asked before the first think token too, so that a thought may use none. Nothing is trained by it: any model that has
   thoughts can be run with it.
@@ -21,38 +23,87 @@ def entropy(model, hidden_XD, j, config):
   del j
   logp_XV = jax.nn.log_softmax(model.logits(hidden_XD))
   entropy_X = -jnp.sum(jnp.exp(logp_XV) * logp_XV, axis=-1)
-  return (entropy_X < config.stop_below).astype(jnp.float32)
+  return jnp.where(entropy_X < config.stop_below, jnp.inf, -jnp.inf)
+
+
+def ponder(model, hidden_XD, j, config):
+  """Of a head's lambda_j, at every state before the n-th token (PonderNet, arXiv:2107.05407; there a step comes first).
+
+  Ends after j tokens with probability p_j = lambda_j prod_{i < j} (1 - lambda_i); p_n is what is left.
+  """
+  del j, config
+  return model.heads["halt"](hidden_XD)
+
+
+def router(model, hidden_XD, j, config):
+  """Ends at once but for sigma(w h) of the anchor's state: all n tokens or none, a learned placement among anchors."""
+  del config
+  return jnp.where(j == 0, -model.heads["router"](hidden_XD), -jnp.inf)
 
 
 class Rule(NamedTuple):
   """A member of the table.
 
-  chance: (model, hidden_XD, j, config) -> chance_X in [0, 1], that a thought of j think tokens ends there; None: it
-    never does. draws: STOP is among the tokens that may be drawn, and closes a thought.
+  odds: (model, hidden_XD, j, config) -> log-odds_X that a thought of j think tokens ends there; None: it never does.
+  draws: STOP is among the tokens that may be drawn, and closes a thought. head: of model.heads, which the odds are
+  learned by. once: it ends at the anchor or uses all n tokens.
   """
 
-  chance: Callable | None = None
+  odds: Callable | None = None
   draws: bool = False
+  head: str | None = None
+  once: bool = False
 
 
-HALTING = dict(fixed=Rule(), stop=Rule(draws=True), entropy=Rule(entropy))
+HALTING = dict(
+  fixed=Rule(),
+  stop=Rule(draws=True),
+  entropy=Rule(entropy),
+  ponder=Rule(ponder, head="halt"),
+  router=Rule(router, head="router", once=True),
+)
 """fixed: every thought uses all of its think tokens. stop: it ends where it draws the STOP row, which does not count as
 a think token; STOP is one more token of the policy, and the policy gradient pays for stopping as for any other. A
-thought that never draws it is closed after n tokens. entropy: see above."""
+thought that never draws it is closed after n tokens. The others: see above."""
+
+
+def exits(config) -> tuple[int, ...]:
+  """The K lengths at which a thought of a learned rule can end, ascending; the last is n."""
+  return (0, config.length) if HALTING[config.halting].once else tuple(range(config.length + 1))
+
+
+def exit_logp(model, config, states_XKD):
+  """log-probability of each of the exits, float32 [..., K], of the states there (the last state decides nothing)."""
+  odds_XK = HALTING[config.halting].odds(model, states_XKD[..., :-1, :], jnp.asarray(exits(config)[:-1]), config)
+  left_XK = jnp.cumsum(jax.nn.log_sigmoid(-odds_XK), axis=-1)
+  pad = lambda a_XK, before, after: jnp.pad(a_XK, [(0, 0)] * (a_XK.ndim - 1) + [(before, after)])
+  return pad(left_XK, 1, 0) + pad(jax.nn.log_sigmoid(odds_XK), 0, 1)
 
 
 class Progress(NamedTuple):
-  """Thoughts under way: which of them go on, the probability that none had ended yet, think tokens used so far."""
+  """Thoughts under way.
+
+  going_X: which go on. left_X: probability that one has not ended yet; it ends where that is not above level_X. used_X:
+  think tokens so far.
+  """
 
   going_X: jax.Array
   left_X: jax.Array
+  level_X: jax.Array
   used_X: jax.Array
 
 
-def begin(model, config, hidden_XD) -> Progress:
-  """At the anchors, whose hidden states these are."""
+def begin(model, config, hidden_XD, keys_X) -> Progress:
+  """At the anchors, whose hidden states these are.
+
+  A level drawn uniformly ends a thought after j tokens with probability p_j; a constant one makes no draw.
+  """
   shape = hidden_XD.shape[:-1]
-  fresh = Progress(jnp.ones(shape, bool), jnp.ones(shape), jnp.zeros(shape, jnp.int32))
+  level_X = jnp.full(shape, 1 - (config.stop_at or 0.5))
+  if config.draws_end:
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys_X.reshape(-1), config.length)
+    level_X = jax.vmap(jax.random.uniform)(keys).reshape(shape)
+  fresh = Progress(jnp.ones(shape, bool), jnp.ones(shape), level_X, jnp.zeros(shape, jnp.int32))
   return reached(model, config, fresh, hidden_XD, 0)
 
 
@@ -65,12 +116,12 @@ def drawn(model, config, progress: Progress, token_X) -> Progress:
 
 
 def reached(model, config, progress: Progress, hidden_XD, j) -> Progress:
-  """After j think tokens, whose last hidden states these are: a thought ends once it is more likely over than not."""
-  chance = HALTING[config.halting].chance
-  if chance is None:
+  """After j think tokens, whose last hidden states these are."""
+  odds = HALTING[config.halting].odds
+  if odds is None:
     return progress
-  left_X = progress.left_X * (1 - chance(model, hidden_XD, j, config))
-  return progress._replace(going_X=progress.going_X & (left_X > 0.5), left_X=left_X)
+  left_X = progress.left_X * jax.nn.sigmoid(-odds(model, hidden_XD, j, config))
+  return progress._replace(going_X=progress.going_X & (left_X > progress.level_X), left_X=left_X)
 
 
 def used(config, tokens_Xn, stop: int):

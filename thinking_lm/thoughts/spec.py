@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from thinking_lm.config import option
 from thinking_lm.thoughts import halting
 from thinking_lm.thoughts.halting import HALTING
+from thinking_lm.thoughts.mixing import MIXING
 from thinking_lm.thoughts.placement import PLACEMENTS
 from thinking_lm.thoughts.tokens import KINDS
 from thinking_lm.thoughts.topology import ROTARY, TOPOLOGIES
@@ -38,8 +39,19 @@ class ThoughtConfig:
   noise: float = option(0.3, "noisy: standard deviation of the noise; an input has about 1 per dimension", above=0)
   relaxation: float = option(0.0, "sampled: temperature of REBAR's relaxed copy of a thought; 0 makes none", low=0)
   top_k: int = option(0, "soft, noisy: keep only the k most likely tokens and renormalise; 0 keeps all", low=0)
-  halting: str = option("fixed", "WHEN: fixed length, where STOP is drawn, or where entropy is low", choices=HALTING)
+  halting: str = option(
+    "fixed",
+    "WHEN: fixed length; where STOP is drawn; where entropy is low; where a head says so, at any state (ponder) or at "
+    "the anchor (router: all n tokens or none)",
+    choices=HALTING,
+  )
   stop_below: float = option(1.0, "halting=entropy: entropy of the next token, nats, at which a thought ends", low=0)
+  stop_at: float = option(
+    0.5, "ponder, router: probability of having ended at which a thought does; 0 draws its end", low=0, high=1
+  )
+  mixing: str = option(
+    "none", "private: how the predictions with a thought and without are mixed, by a learned weight", choices=MIXING
+  )
   samples: int = option(1, "G thoughts drawn per anchor (private) or streams per row (persistent)", low=1)
   lookahead: int = option(1, "m real tokens that make a thought's outcome; 0 is the rest of the document", low=0)
   rescore: bool = option(
@@ -74,7 +86,14 @@ class ThoughtConfig:
       found.append("placement 'sentence' needs room: shapes are static, and every token of a row could end a sentence")
     if self.length and kind and self.halting in HALTING and HALTING[self.halting].draws and not kind.discrete:
       found.append(f"halting {self.halting!r} needs kind 'sampled', which can draw STOP; got {self.kind!r}")
-    if self.length and self.delimiters and self.halting in HALTING and HALTING[self.halting].chance:
+    if self.halting in HALTING and self.learns_end and (self.topology != "private" or self.lookahead != 1):
+      found.append(
+        f"halting {self.halting!r} needs topology 'private' and lookahead 1: there each target has one thought, and "
+        "its loss after every length is known"
+      )
+    if self.length and self.mixing != "none" and self.topology != "private":
+      found.append("mixing needs topology 'private': with 'persistent' there is no prediction without thoughts")
+    if self.length and self.delimiters and self.halting in HALTING and HALTING[self.halting].odds:
       found.append(f"halting {self.halting!r} ends a thought at a state, without a STOP: set delimiters to false")
     if self.length and self.placement == "none":
       found.append("placement 'none' never thinks; set length 0 or another placement")
@@ -140,7 +159,22 @@ class ThoughtConfig:
   @property
   def may_end(self) -> bool:
     """Whether a thought may use fewer than its n think tokens."""
-    return self.may_stop or HALTING[self.halting].chance is not None
+    return self.may_stop or HALTING[self.halting].odds is not None
+
+  @property
+  def learns_end(self) -> bool:
+    """Whether a head decides when a thought ends."""
+    return bool(self.length and HALTING[self.halting].head)
+
+  @property
+  def draws_end(self) -> bool:
+    """Whether a thought's end is drawn, apart from its tokens."""
+    return self.learns_end and not self.stop_at
+
+  @property
+  def random(self) -> bool:
+    """Whether thinking needs random keys."""
+    return bool(self.length and (self.kind_of.stochastic or self.draws_end))
 
   def used(self, thoughts: Thoughts, stop: int):
     """used_X, the think tokens of each thought before its end; `stop` is the STOP row."""
@@ -153,8 +187,12 @@ class ThoughtConfig:
     return self.opening + used_X + self.closing - 1
 
   def chosen(self, used_X):
-    """chosen_Xn: the tokens that were a choice of the policy, a STOP that was drawn included."""
-    return jnp.arange(self.length) < (used_X + self.may_stop)[..., None]
+    """chosen_Xn: the tokens that were a choice of the policy, a STOP that was drawn included.
+
+    All of them where the end is learned: every length is scored.
+    """
+    end_X = jnp.full_like(used_X, self.length) if self.learns_end else used_X + self.may_stop
+    return jnp.arange(self.length) < end_X[..., None]
 
   @property
   def kind_of(self):
