@@ -64,10 +64,12 @@ class ExperimentConfig:
 
   def faults(self) -> list[str]:
     """Rules across sections."""
+    asks = self.data.source == "verdicts" or (self.data.source == "task" and self.data.task.asks)
     return (
       schedule_faults(self.optimizer, self.train.steps)
       + rules.objective_faults(self.objective, self.thought)
       + rules.estimator_faults(self.objective, self.thought)
+      + rules.answer_faults(self.thought, asks)
       + rules.room_faults(self.thought, self.data.sequence_length, self.data.aligned)
     )
 
@@ -179,7 +181,8 @@ class Experiment:
     if not c.thought.length:
       return None
     half = c.model.compute_dtype != "float32"
-    return Watch(health_rules(c.health, self.data.vocabulary.size, half), History, c.health.patience)
+    found = health_rules(c.health, self.data.vocabulary.size, half, c.thought.kind_of.policy)
+    return Watch(found, History, c.health.patience)
 
   def _examinations(self, put) -> tuple[Examination, ...]:
     """The look at thoughts every so many steps, in a run that is long enough for one."""
@@ -221,13 +224,31 @@ class Experiment:
       functools.partial(generate, self.model, self.config.thought, vocabulary=self.data.vocabulary, sampling=sampling)
     )
 
+  def continuations(
+    self, params: Params, prompts: Sequence[bytes], key, sampling: Sampling, batch_size: int, progress=None
+  ) -> list[bytes]:
+    """Texts that continue many prompts, decoded `batch_size` at a time in prompts of about one length.
+
+    Args:
+      progress: (finished, all) -> None.
+    """
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    texts: dict[int, bytes] = {}
+    for part, first in enumerate(range(0, len(order), batch_size)):
+      numbers = order[first : first + batch_size]
+      filled = [*numbers, *numbers[:1] * (batch_size - len(numbers))]  # one shape, one compilation
+      made = self.generate(params, [prompts[n] for n in filled], jax.random.fold_in(key, part), sampling)
+      for row, number in enumerate(numbers):
+        texts[number] = self.data.tokenizer.decode(made.tokens_BX[row, : made.length_B[row]])
+      if progress is not None:
+        progress(len(texts), len(prompts))
+    return [texts[number] for number in range(len(prompts))]
+
   def answer(self, params: Params, examples: Sequence[Example], key) -> list[bytes]:
     """Greedy answers to the prompts of a text task, for its verifier."""
     room = max(len(example.answer) for example in examples) + 8
-    made = self.generate(params, [example.prompt for example in examples], key, Sampling(room, temperature=0.0))
-    return [
-      self.data.tokenizer.decode(tokens[:length]) for tokens, length in zip(made.tokens_BX, made.length_B, strict=True)
-    ]
+    prompts = [example.prompt for example in examples]
+    return self.continuations(params, prompts, key, Sampling(room, temperature=0.0), len(prompts))
 
 
 def build(config: ExperimentConfig, rows: bool = True) -> Experiment:

@@ -65,6 +65,16 @@ def size_faults(goal: ObjectiveConfig, thought: ThoughtConfig, data) -> list[str
   return enumeration.faults(thought, data.vocabulary.size, N) if goal.exact else []
 
 
+def answer_faults(thought: ThoughtConfig, asks: bool) -> list[str]:
+  """Thoughts before an answer, where the data has none. asks: every row is a prompt without weight, and an answer."""
+  if thought.length and thought.placement == "answer" and not asks:
+    return [
+      "thought.placement 'answer' needs prompts and answers: data.source task (with a text task, and "
+      "data.task.weigh_prompt off) or verdicts"
+    ]
+  return []
+
+
 def objective_faults(goal: ObjectiveConfig, thought: ThoughtConfig) -> list[str]:
   """What an objective asks of the thoughts."""
   found, needs = [], ADVANTAGES[goal.advantage].needs

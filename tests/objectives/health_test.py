@@ -145,6 +145,10 @@ def test_a_reward_that_rises_with_an_effect_is_fine_and_so_is_no_effect_without_
   assert alarms_of([HEALTHY] + [HEALTHY | dict(effect_none=-0.1, reward=-3.0)] * 5) == set()
 
 
+def test_thoughts_without_a_policy_have_no_entropy_to_lose():
+  assert not any("entropy" in name for name in rules(HealthConfig(entropy_stop=0.1), 40, False, policy=False))
+
+
 def test_half_precision_is_allowed_a_larger_mismatch():
   assert rules(HealthConfig(), 40, True)["mismatch"].high == 0.05
   assert rules(HealthConfig(mismatch=0.2), 40, True)["mismatch"].high == 0.2

@@ -19,11 +19,14 @@ import numpy as np
 from absl import flags
 
 from thinking_lm import config, types
-from thinking_lm.data import prepared, sources, tasks, tokenizer
+from thinking_lm.data import prepared, sources, tasks, tokenizer, verdicts
 from thinking_lm.data.rows import DocumentRows, FirstRows, PackedRows, Rows, TaskRows, assemble
+from thinking_lm.data.verdicts import VerdictConfig
 from thinking_lm.errors import ConfigError, DataError
 
-SOURCES = ("default", "task", "arrayrecord", *sources.DOCUMENTS)
+SOURCES = ("default", "task", "arrayrecord", "verdicts", *sources.DOCUMENTS)
+TASKS = ("task", "verdicts")
+"""Sources of one example a row, with a prompt and an answer, or labels."""
 ENDLESS = 2**62
 ROWS_VERSION = 1
 """Part of the digest; raised whenever the same options and content would give other rows or another order."""
@@ -33,8 +36,12 @@ ROWS_VERSION = 1
 class DataConfig:
   """Where the data comes from and how it becomes rows."""
 
-  source: str = config.option("default", "default: the embedded corpus; task: a synthetic task", choices=SOURCES)
-  input: str = config.option("", "text, jsonl: globs separated by commas; arrayrecord: the directory that prepare made")
+  source: str = config.option(
+    "default", "default: the embedded corpus; task: a synthetic task; verdicts: see data/verdicts.py", choices=SOURCES
+  )
+  input: str = config.option(
+    "", "text, jsonl, verdicts: globs separated by commas; arrayrecord: the directory that prepare made"
+  )
   validation_input: str = config.option("", "the same for validation, instead of a share of `input`")
   test_input: str = config.option("", "the same for test, instead of a share of `input`")
   field: str = config.option("text", "jsonl: the field that holds the text")
@@ -60,6 +67,7 @@ class DataConfig:
   memory_limit_mb: int = config.option(4096, "most memory for a corpus that was not prepared", low=1)
   verify: bool = config.option(False, "arrayrecord: read everything and compare sha256 before the start")
   task: tasks.TaskConfig = config.option(tasks.TaskConfig(), "the synthetic task")  # noqa: RUF009 (frozen)
+  verdicts: VerdictConfig = config.option(VerdictConfig(), "candidates to verify")  # noqa: RUF009
   seed: int = config.option(0, "seed of the order and of the task's examples", low=0, high=2**32 - 1)
   threads: int = config.option(2, "threads that make batches ahead (in each worker); 0: none", low=0, high=256)
   prefetch: int = config.option(4, "batches made ahead", low=1, high=10000)
@@ -70,8 +78,10 @@ class DataConfig:
     faults = []
     if self.vocabulary_size and self.source == "task":
       faults.append("vocabulary_size is for source=text, jsonl, arrayrecord: a task brings its own tokenizer")
-    if self.sequence_length == 0 and self.source != "task":
-      faults.append(f"sequence_length=0 is for source=task; give the tokens of a row for source={self.source}")
+    if self.sequence_length == 0 and self.source not in TASKS:
+      faults.append(
+        f"sequence_length=0 is for source={' or '.join(TASKS)}; give the tokens of a row for source={self.source}"
+      )
     if self.source in ("default", "task") and (self.input or self.validation_input or self.test_input):
       faults.append(f"input is not read with source={self.source}; see source=text, jsonl or arrayrecord")
     if self.source not in ("default", "task") and not self.input:
@@ -88,7 +98,7 @@ class DataConfig:
   @property
   def aligned(self) -> int:
     """Documents start at multiples of so many tokens of a row; 0: each has a row of its own, and starts at 0."""
-    return self.align if self.packing and self.source != "task" else 0
+    return self.align if self.packing and self.source not in TASKS else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +270,7 @@ def build(options: DataConfig) -> Data:
       another tokenizer.
     DataError: unusable content; the message names the file, line or document.
   """
-  if options.source == "task":
+  if options.source in TASKS:
     return _build_task(options)
   return _build_documents(options, _encoder(options))
 
@@ -278,23 +288,27 @@ def _encoder(options: DataConfig) -> tokenizer.Tokenizer:
 def _digest(options: DataConfig, contents: Mapping[str, str], encoder: tokenizer.Tokenizer) -> str:
   """Of contents, tokenizer and options; where the data lies and how fast it is read do not count."""
   ignored = {*PLACES, "memory_limit_mb", "verify"}
-  ignored |= {"threads", "prefetch", "workers", "vocabulary_size"} | ({"task"} if options.source != "task" else set())
+  ignored |= {"threads", "prefetch", "workers", "vocabulary_size"} | ({"task", "verdicts"} - {options.source})
   kept = {name: value for name, value in dataclasses.asdict(options).items() if name not in ignored}
   text = json.dumps([ROWS_VERSION, kept, contents, encoder.digest], sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _build_task(options: DataConfig) -> Data:
-  task = tasks.build(options.task)
-  longest = max(task.longest(task.length(split)) for split in sources.SPLITS)
+  if options.source == "verdicts":
+    task = verdicts.build(options, _encoder(options))
+    longest, contents = task.longest(), dict(verdicts=task.digest())
+  else:
+    task = tasks.build(options.task)
+    longest, contents = max(task.longest(task.length(split)) for split in sources.SPLITS), {}
   length = options.sequence_length or longest
   if longest > length:
     raise DataError(
-      f"task {options.task.name}: an example takes up to {longest} tokens, more than data.sequence_length={length}; "
-      "raise it, or 0 for the task's own"
+      f"{options.source} {task.options.name}: an example takes up to {longest} tokens, more than data.sequence_length="
+      f"{length}; raise it, or 0 for its own"
     )
   splits = {split: TaskRows(task, options.seed, split) for split in sources.SPLITS}
-  digest = _digest(options, {}, task.tokenizer)
+  digest = _digest(options, contents, task.tokenizer)
   return Data(options, task.tokenizer.vocabulary, task.tokenizer, digest, length, task, {}, splits)
 
 

@@ -131,7 +131,7 @@ def word_problem(options: "TaskConfig") -> Task:
   names, _ = parse_group(options.group)
   tokenizer = SymbolTokenizer(names)
   draw = functools.partial(_draw_word_problem, options.group, tokenizer)
-  return Task(options, tokenizer, draw, label_accuracy, int, tagging=True)
+  return Task(options, tokenizer, draw, label_accuracy, int, tagging=options.name in TAGGING)
 
 
 def _draw_word_problem(group: str, tokenizer: SymbolTokenizer, random: np.random.Generator, length: int) -> Example:
@@ -229,6 +229,34 @@ TASKS = dict(
 )
 
 
+TAGGING = ("word_problem",)
+"""The tasks that label every token."""
+
+
+def letters_one_by_one(prompt: bytes) -> bytes:
+  """last_letter, worked out: `tree e, axe e: ee`."""
+  words = prompt.rstrip(b"=").split()
+  return b", ".join(word + b" " + word[-1:] for word in words) + b": " + b"".join(word[-1:] for word in words)
+
+
+def steps_one_by_one(prompt: bytes, modulus: int) -> bytes:
+  """modular_arithmetic, worked out from left to right: `3, +9 2, *2 4`."""
+  parts = re.findall(rb"([-+*]?)(\d+)", prompt)
+  value, steps = int(parts[0][1]), [parts[0][1]]
+  for sign, digits in parts[1:]:
+    number = int(digits)
+    value = {b"+": value + number, b"-": value - number, b"*": value * number}[sign] % modulus
+    steps.append(sign + digits + b" %d" % value)
+  return b", ".join(steps)
+
+
+RATIONALES = dict(
+  last_letter=lambda prompt, options: letters_one_by_one(prompt),
+  modular_arithmetic=lambda prompt, options: steps_one_by_one(prompt, options.modulus),
+)
+"""task -> (prompt, TaskConfig) -> how its answer is found, written by a program, for verifiers to learn from."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
   """Which synthetic task, and how hard."""
@@ -242,6 +270,11 @@ class TaskConfig:
   weigh_prompt: bool = config.option(False, "text tasks: prompt tokens have weight 1 too")
   train_examples: int = config.option(2**20, "examples of one training epoch", low=1, high=2**32 - 1)
   eval_examples: int = config.option(512, "examples of validation, and of test", low=1, high=2**32 - 1)
+
+  @property
+  def asks(self) -> bool:
+    """Every example is a prompt without weight, then an answer; a tagging task has labels instead."""
+    return not self.weigh_prompt and self.name not in TAGGING
 
   def faults(self) -> list[str]:
     """Rules across fields."""

@@ -80,7 +80,9 @@ def generate(
   def step(state: _State) -> _State:
     two = lambda a, b: jnp.stack([a, b], axis=1)
     position_B2 = two(state.position_B - 1, state.position_B)
-    pair = Batch(two(state.before_B, state.token_B), None, None, jnp.ones_like(position_B2), position_B2, None)
+    # The prompt's last token predicts the answer's first one: the first target with a weight.
+    asked_B2 = two(jnp.zeros_like(state.token_B), jnp.full_like(state.token_B, state.i == 0))
+    pair = Batch(two(state.before_B, state.token_B), None, asked_B2, jnp.ones_like(position_B2), position_B2, None)
     marked_B = PLACEMENTS[config.placement](pair, config, vocabulary)[:, -1] & ~state.done_B
     if config.cap:
       marked_B &= state.thoughts_B < config.cap

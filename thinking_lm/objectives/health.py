@@ -198,8 +198,8 @@ class Rule(NamedTuple):
     return below or above or math.isnan(measured)
 
 
-def rules(config: HealthConfig, vocabulary_size: int, half_precision: bool) -> dict[str, Rule]:
-  """The rules that the thresholds switch on, by name.
+def rules(config: HealthConfig, vocabulary_size: int, half_precision: bool, policy: bool = True) -> dict[str, Rule]:
+  """The rules that the thresholds switch on, by name; those about entropy for thoughts with a policy only.
 
   The failures are those that runs of others ended in: entropy collapse and explosion, thoughts that grow to the cap or
   vanish, drift from the reference, groups without a signal, a sampler whose probabilities are not the learner's,
@@ -207,14 +207,14 @@ def rules(config: HealthConfig, vocabulary_size: int, half_precision: bool) -> d
   """
   mismatch = config.mismatch or (0.05 if half_precision else 1e-4)
   entropy, uniform = ("think_entropy",), 0.9 * math.log(vocabulary_size)
-  policy = "raise objective.entropy_weight, or lower the learning rate"
+  cure = "raise objective.entropy_weight, or lower the learning rate"
   table = dict(
-    entropy_low=Rule(entropy, of_first(*entropy), config.entropy_low, None, f"thoughts become all the same: {policy}"),
+    entropy_low=Rule(entropy, of_first(*entropy), config.entropy_low, None, f"thoughts become all the same: {cure}"),
     entropy_high=Rule(entropy, of_first(*entropy), None, config.entropy_high, "thoughts become noise: lower rates"),
     entropy_uniform=Rule(
       entropy, value(*entropy), None, uniform * bool(config.entropy_high), "thoughts are nearly uniform noise"
     ),
-    entropy_stop=Rule(entropy, of_first(*entropy), config.entropy_stop, None, f"entropy collapsed: {policy}", True),
+    entropy_stop=Rule(entropy, of_first(*entropy), config.entropy_stop, None, f"entropy collapsed: {cure}", True),
     empty=Rule(
       ("empty_thoughts",), value("empty_thoughts"), None, config.empty, "thinking does not pay: lower objective.price"
     ),
@@ -239,4 +239,5 @@ def rules(config: HealthConfig, vocabulary_size: int, half_precision: bool) -> d
   )
   off = {name for name in table if name in dataclasses.asdict(config) and not getattr(config, name)} - {"mismatch"}
   off |= set() if config.entropy_high else {"entropy_uniform"}
+  off |= set() if policy else {name for name, rule in table.items() if rule.reads == entropy}
   return {name: rule for name, rule in table.items() if name not in off}

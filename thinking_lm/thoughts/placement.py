@@ -43,7 +43,17 @@ def explicit(batch: Batch, config, vocabulary: Vocabulary):
   return jnp.isin(batch.positions_BT, jnp.asarray(config.positions, jnp.int32))
 
 
-PLACEMENTS = dict(none=none, every=every, stride=stride, sentence=sentence, explicit=explicit)
+def answer(batch: Batch, config, vocabulary: Vocabulary):
+  """Once, before the answer: where a document's first target with a weight is predicted. A prompt ends there."""
+  del config, vocabulary
+  weighed_BT = batch.weights_BT > 0
+  count_BT = jnp.cumsum(weighed_BT, axis=1)
+  start_BT = jnp.maximum(jnp.arange(weighed_BT.shape[1]) - batch.positions_BT, 0)
+  before_BT = jnp.take_along_axis(count_BT - weighed_BT, start_BT, axis=1)
+  return weighed_BT & (count_BT - before_BT == 1)
+
+
+PLACEMENTS = dict(answer=answer, none=none, every=every, stride=stride, sentence=sentence, explicit=explicit)
 
 
 def mark(batch: Batch, config, vocabulary: Vocabulary):
@@ -65,6 +75,8 @@ def markable(config, T: int, aligned: int) -> int:
   if config.placement == "explicit":  # a document of p + 1 tokens or more reaches its position p
     positions = sorted(set(config.positions))[:cap]
     most, cap = max(T * (i + 1) // (p + 1) for i, p in enumerate(positions)), len(positions)
+  if config.placement == "answer":
+    cap = 1
   documents = -(-T // aligned) if aligned else 1
   return min(most, T, cap * documents)
 

@@ -1,0 +1,103 @@
+"""Scores of a verifier against plain log-probabilities, and choices by hand-made scores."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from thinking_lm import experiment
+from thinking_lm.data import verdicts
+from thinking_lm.data.rows import assemble
+from thinking_lm.errors import ConfigError
+from thinking_lm.evaluation import verifiers
+from thinking_lm.model.generate import Sampling
+
+KEY = jax.random.key(5, impl="threefry2x32")
+LINES = [verdicts.Line(b"p=", b"1", True), *[verdicts.Line(b"q=", c, c == b"5") for c in (b"4", b"4", b"5")]]
+SCORES = np.array([0.1, 0.2, 0.3, 0.9])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  """(Experiment, parameters) of untrained verifiers with sampled thoughts before the verdict."""
+  path = tmp_path_factory.mktemp("verdicts") / "v.jsonl"
+  rows = [dict(prompt=f"{p}=", candidate=str(c), correct=p == c) for p in range(30) for c in range(2)]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  values = experiment.default_config()
+  values.data.update(source="verdicts", input=str(path), sequence_length=0)
+  values.model.update(layers=1, width=16, heads=2)
+  values.thought.update(kind="sampled", length=2, placement="answer", samples=2, lookahead=0, temperature=2.0)
+  built = experiment.build(experiment.parse(values))
+  return built, jax.jit(built.init)(jax.random.key(1))
+
+
+def test_a_score_is_yes_against_no_after_the_same_thought(made):
+  subject, params = made
+  questions = [verdicts.question(line.prompt, line.candidate) for line in LINES]
+  scores_XK = verifiers.Scorer(subject, 3)(params, questions, KEY, 2)
+  assert scores_XK.shape == (4, 2) and (scores_XK[:, 0] != scores_XK[:, 1]).all()
+  for number, question in enumerate(questions):
+    logp = []
+    for word in (verdicts.YES, verdicts.NO):
+      row = verdicts.example(subject.data.tokenizer, question, word)
+      batch = assemble(
+        [(row.tokens, row.targets, row.weights)], 32, np.array([number], np.uint32), subject.data.vocabulary
+      )
+      trace = subject.rollout(params, jax.tree.map(jnp.asarray, batch), jax.random.fold_in(KEY, 1))
+      assert int(trace.valid_BN.sum()) == 1
+      logp.append(float((trace.logp_BGT[0, 0] * batch.weights_BT[0]).sum()))
+    assert scores_XK[number, 1] == pytest.approx(np.exp(logp[0]) / np.exp(logp).sum(), rel=1e-4)
+
+
+def test_generation_thinks_before_the_answer_and_only_there(made):
+  subject, params = made
+  found = subject.generate(params, [b"1=1\nIs", b"2"], KEY, Sampling(4))
+  assert found.thought_BX.tolist() == [[True, False, False, False]] * 2
+
+
+def test_continuations_keep_the_order_and_fill_the_last_batch(made):
+  subject, params = made
+  thought = dataclasses.replace(subject.config.thought, length=0)
+  subject = dataclasses.replace(subject, config=dataclasses.replace(subject.config, thought=thought))
+  prompts = [b"a" * n for n in (9, 1, 40, 2, 3)]
+  seen = []
+  texts = subject.continuations(params, prompts, KEY, Sampling(3, 0.0), 2, lambda done, of: seen.append((done, of)))
+  assert texts == [subject.continuations(params, [p], KEY, Sampling(3, 0.0), 1)[0] for p in prompts]
+  assert seen == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_written_rationales_are_cut_at_the_question():
+  lines = [verdicts.Line(b"1=", b"1", True)]
+  (found,) = verifiers.written(lines, lambda heads: [heads[0][-4:] + b"!" + verdicts.QUESTION + b"Yes"])
+  assert found == b"1=1\nLet us see: ee: !\nIs this right? "
+
+
+def test_choices_by_hand():
+  choice = verifiers.choose(LINES, SCORES)
+  assert [getattr(choice, name).value for name in choice._fields] == [0.5, 0.5, 1.0, 1.0]
+  choice = verifiers.choose(LINES, SCORES, most=2)
+  assert [getattr(choice, name).value for name in choice._fields] == [0.5, 0.5, 0.5, 0.5]
+
+
+def test_judgements_by_hand():
+  judgement = verifiers.judge(LINES, SCORES)
+  assert judgement.accuracy.value == 0.75
+  assert judgement.area == pytest.approx((0 + 2) / 4)
+  assert judgement.brier.value == pytest.approx((0.81 + 0.04 + 0.09 + 0.01) / 4)
+  assert verifiers.judge(LINES[1:3], SCORES[1:3]).area is None
+  assert verifiers.area(np.array([0.5, 0.5]), np.array([1, 0])) == 0.5
+
+
+def test_thinking_before_an_answer_needs_one():
+  values = experiment.default_config()
+  values.thought.update(length=1, placement="answer")
+  with pytest.raises(ConfigError, match="placement 'answer' needs prompts and answers"):
+    experiment.parse(values)
+  values.data.update(source="task", sequence_length=0)
+  with pytest.raises(ConfigError, match="needs prompts and answers"):
+    experiment.parse(values)
+  values.data.task.name = "last_letter"
+  experiment.parse(values)
