@@ -221,11 +221,28 @@ def _write_tracking(options: "TaskConfig", random: np.random.Generator, length: 
   return ("".join(statements) + f"{asked}?").encode(), str(values[asked]).encode()
 
 
+def parity(options: "TaskConfig") -> Task:
+  """Whether the number of nonzero signs is odd (PonderNet, arXiv:2107.05407): prompt `+0-0=`, answer `0`.
+
+  As there, one to `length` elements are + or - and the others 0; how many is the difficulty of an example, uniform.
+  """
+  return _text_task(options, _write_parity, lambda length: 3 + length)
+
+
+def _write_parity(options: "TaskConfig", random: np.random.Generator, length: int) -> tuple[bytes, bytes]:
+  del options
+  count = int(random.integers(1, length + 1))
+  signs = random.integers(2, size=length)
+  nonzero = random.permutation(length) < count
+  return "".join(np.where(nonzero, np.array(["+", "-"])[signs], "0")).encode() + b"=", str(count % 2).encode()
+
+
 TASKS = dict(
   word_problem=word_problem,
   modular_arithmetic=modular_arithmetic,
   last_letter=last_letter,
   variable_tracking=variable_tracking,
+  parity=parity,
 )
 
 
@@ -262,7 +279,9 @@ class TaskConfig:
   """Which synthetic task, and how hard."""
 
   name: str = config.option("word_problem", "the task", choices=TASKS)
-  length: int = config.option(12, "elements, operands, words or statements of one training example", low=1, high=100000)
+  length: int = config.option(
+    12, "elements, operands, words, statements, signs of one training example", low=1, high=100000
+  )
   eval_length: int = config.option(0, "the same for validation and test; 0: as in training", low=0, high=100000)
   group: str = config.option("S3", "word_problem: the group, Zn, Sn or An")
   modulus: int = config.option(10, "modular_arithmetic, variable_tracking: results are modulo this", low=2, high=1000)

@@ -114,7 +114,7 @@ class ThoughtConfig:
 
   def _relaxation_faults(self) -> list[str]:
     """Of REBAR's relaxed thoughts, which are made for single tokens that nothing else sees."""
-    wanted = dict(kind="sampled", topology="private", length=1, halting="fixed", rescore=True)
+    wanted = dict(kind="sampled", topology="private", length=1, halting="fixed", mixing="none", rescore=True)
     if not self.relaxation:
       return []
     got = ", ".join(f"{name} {getattr(self, name)!r}" for name in wanted if getattr(self, name) != wanted[name])

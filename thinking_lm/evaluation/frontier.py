@@ -1,0 +1,76 @@
+"""The frontier of several evaluated runs: how well they predict against how much they think."""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from etils import epath
+
+from thinking_lm.errors import ConfigError, DataError
+from thinking_lm.evaluation.summary import aligned, text
+
+
+class Point(NamedTuple):
+  """One run: its name, what it set, think tokens per target, and [value, low, high] of its reference's arm."""
+
+  run: str
+  settings: str
+  think: float
+  nats: Sequence[float | None]
+  accuracy: Sequence[float | None] | None
+
+
+def read(run: str, split: str) -> Point:
+  """The latest evaluation of a split in a work directory. Raises ConfigError if there is none, DataError if damaged."""
+  path = epath.Path(run)
+  found = (
+    [
+      (int(match[1]), file)
+      for file in sorted((path / "evaluation").glob(f"{split}-*.json"))
+      if (match := re.fullmatch(rf"{split}-(\d+)\.json", file.name))
+    ]
+    if (path / "evaluation").exists()
+    else []
+  )
+  if not found:
+    raise ConfigError(
+      f"{run} has no evaluation of {split!r}: python -m thinking_lm.evaluate --workdir={run} --split={split}"
+    )
+  file = max(found)[1]
+  try:
+    values, config = (json.loads(each.read_text()) for each in (file, path / "config.json"))
+    arm, thought = values["arms"][values["reference"]], config["thought"]
+    parts = ("placement", "topology", "kind", "length", "halting")
+    settings = " ".join(str(thought[part]) for part in parts) if thought["length"] else "none"
+    if price := config["objective"]["price"]:
+      settings += f" price {price:g}"
+    think = values["think_tokens"] / max(arm["targets"], 1)
+    return Point(path.name, settings, think, arm["nats_per_token"], arm["accuracy"])
+  except (ValueError, KeyError, OSError) as error:
+    raise DataError(
+      f"{file} or {path / 'config.json'} is not what a run and its evaluation leave: {error!r}"
+    ) from error
+
+
+def best(points: Sequence[Point]) -> list[bool]:
+  """Which points no other one beats in think tokens or nats without losing in the other; NaN and null never are."""
+  key = lambda point: (point.think, float("inf") if point.nats[0] is None else point.nats[0])
+
+  def beaten(point):
+    return any(
+      other != key(point) and all(a <= b for a, b in zip(other, key(point), strict=True)) for other in map(key, points)
+    )
+
+  return [point.nats[0] is not None and not beaten(point) for point in points]
+
+
+def table(points: Sequence[Point]) -> str:
+  """One line for each run, cheapest first; a star where it is on the frontier."""
+  ordered = sorted(points, key=lambda point: point.think)
+  rows = [("", "run", "think/target", "nats/token", "accuracy", "thoughts")]
+  for point, star in zip(ordered, best(ordered), strict=True):
+    rows.append(
+      ("*" if star else "", point.run, f"{point.think:.3f}", text(point.nats), text(point.accuracy), point.settings)
+    )
+  return aligned(rows)
