@@ -69,9 +69,25 @@ def test_a_finished_run_is_left_as_it_is(straight, capsys):
   assert sorted(os.listdir(path / "checkpoints")) == steps
 
 
+def test_more_steps_do_not_stretch_the_schedule_of_finished_ones(tmp_path):
+  path = tmp_path / "run"
+  loop.train(toy.make_run(steps=4), str(path))
+  before = (path / "config.json").read_bytes()
+  with pytest.raises(
+    ConfigError, match=r"train\.steps 8: finished steps would have .* \(step 4: .*schedule_steps=4 keeps"
+  ):
+    loop.train(toy.make_run(steps=8), str(path))
+  assert (path / "config.json").read_bytes() == before and status(path) == ("finished", 4, 1)
+  loop.train(toy.make_run(steps=6, optimizer=dict(schedule_steps=4)), str(path))
+  rates = [row["learning_rate"] for row in read_rows(path / "metrics.jsonl") if "learning_rate" in row]
+  assert len(rates) == 6 and rates[4] == rates[5] == pytest.approx(1e-3, rel=1e-5)
+
+
 def test_a_shorter_run_than_what_is_finished_is_refused(straight):
+  before = (straight[0] / "config.json").read_bytes()
   with pytest.raises(ConfigError, match=r"train.steps 4 is below the 6 steps"):
     loop.train(toy.make_run(steps=4), str(straight[0]))
+  assert (straight[0] / "config.json").read_bytes() == before
 
 
 def test_another_config_is_refused_before_anything_is_computed(straight):

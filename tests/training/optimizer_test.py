@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import jax
@@ -12,6 +13,7 @@ from thinking_lm.training.optimizer import (
   OPTIMIZERS,
   SCHEDULES,
   OptimizerConfig,
+  changed_rates,
   make_optimizer,
   make_schedule,
   muon_dimensions,
@@ -47,6 +49,31 @@ def test_without_decay_steps_the_schedule_says_where_the_decay_begins(name, firs
   below = np.flatnonzero(rates < 1.0)
   assert (below[0] if len(below) else 102) == first + 1
   assert name == "constant" or rates[100] == pytest.approx(0.0, abs=1e-7)
+
+
+def test_a_schedule_may_span_other_steps_than_the_run():
+  config = OptimizerConfig(schedule="cosine", warmup_steps=3, schedule_steps=20)
+  steps = np.arange(40)
+  np.testing.assert_allclose(make_schedule(config, 40)(steps), make_schedule(config, 20)(steps))
+  np.testing.assert_allclose(make_schedule(config, 40)(steps[20:]), 1e-4, rtol=1e-5)
+  assert schedule_faults(dataclasses.replace(config, warmup_steps=21), 40) == [
+    "optimizer.warmup_steps 21 and decay_steps 0 do not fit into schedule_steps 20"
+  ]
+
+
+@pytest.mark.parametrize(
+  "name, finished, refused",
+  [("constant", 100, False), ("cosine", 100, True), ("cosine", 2, False), ("wsd", 100, True), ("wsd", 80, False)],
+)
+def test_more_steps_must_not_change_the_rates_of_finished_ones(name, finished, refused):
+  config = OptimizerConfig(schedule=name, warmup_steps=2)
+  faults = changed_rates((config, 100), (config, 200), finished)
+  assert len(faults) == refused
+  if refused:
+    assert "optimizer.schedule_steps=100 keeps" in faults[0] and f"(step {4 if name == 'cosine' else 82}: " in faults[0]
+  kept = dataclasses.replace(config, schedule_steps=100)
+  assert changed_rates((config, 100), (kept, 200), finished) == []
+  assert changed_rates((kept, 200), (kept, 300), finished) == []
 
 
 def test_a_schedule_longer_than_the_run_is_a_fault():

@@ -19,8 +19,14 @@ from thinking_lm.training import mesh as mesh_lib
 from thinking_lm.training import state as state_lib
 from thinking_lm.training import storage, workdir, writers
 from thinking_lm.training.alarms import Watch
-from thinking_lm.training.checkpoint import CheckpointConfig, Checkpoints, verify
-from thinking_lm.training.optimizer import OptimizerConfig, make_optimizer, make_schedule, schedule_faults
+from thinking_lm.training.checkpoint import CheckpointConfig, Checkpoints, list_steps, verify
+from thinking_lm.training.optimizer import (
+  OptimizerConfig,
+  changed_rates,
+  make_optimizer,
+  make_schedule,
+  schedule_faults,
+)
 from thinking_lm.training.step import CarryFn, LossFn, StepConfig, make_train_step, unchanged
 
 TOKENS = ("real_tokens", "think_tokens")
@@ -231,6 +237,7 @@ def train(run: Run, path: str) -> state_lib.TrainState:
     status = None
     if jax.process_index() == 0:
       stack.enter_context(workdir.hold(path))
+      _agree_rates(run, path)
       workdir.agree_config(path, run.resolved_config)
       status = workdir.Status(path)
     checkpoints = Checkpoints(path / "checkpoints", run.checkpoint, dict(data=run.data.digest))
@@ -247,6 +254,19 @@ def train(run: Run, path: str) -> state_lib.TrainState:
       raise
     session.record("finished")
     return state
+
+
+def _agree_rates(run: Run, path: epath.Path) -> None:
+  """Refuses to go on with finished steps beyond the last, or whose learning rates were others: raises ConfigError."""
+  old, finished = workdir.config_there(path), max(list_steps(path / "checkpoints"), default=0)
+  if run.train.steps < finished:
+    raise ConfigError(f"config.train.steps {run.train.steps} is below the {finished} steps that are finished in {path}")
+  if old is None:
+    return
+  before = dataclasses.replace(run.optimizer, schedule_steps=old["optimizer"].get("schedule_steps", 0))
+  faults = changed_rates((before, old["train"]["steps"]), (run.optimizer, run.train.steps), finished)
+  if faults:
+    raise ConfigError(faults)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,8 +331,6 @@ def _train(run: Run, session: _Session) -> state_lib.TrainState:
     if state is None:
       state = jax.jit(made.init, out_shardings=made.shardings)(state_lib.key(run.train.seed, "init"))
     start = int(state.step)
-    if start > steps:
-      raise ConfigError(f"config.train.steps {steps} is below the {start} steps that are finished in {path}")
     with contextlib.closing(writers.Progress(start, steps, quiet=session.status is None)) as progress:
       if start == steps:
         progress.say(f"already complete: {start} steps are finished in {path}")

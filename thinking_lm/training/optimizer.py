@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from optax import contrib
 
@@ -100,6 +101,9 @@ class OptimizerConfig:
   decay_steps: int = option(
     0, "the last steps, over which the rate falls; 0 = all after the warm-up for cosine, a fifth for wsd", low=0
   )
+  schedule_steps: int = option(
+    0, "steps that the schedule spans, after which the rate stays as it ended; 0 = train.steps", low=0
+  )
   final_fraction: float = option(0.1, "rate at the end of the decay, as a fraction of the peak", low=0.0, high=1.0)
   weight_decay: float = option(0.1, "decay per step and learning rate; never on norms and biases", low=0.0)
   b1: float = option(0.9, "first-moment decay of Adam", low=0.0, high=1.0)
@@ -119,16 +123,37 @@ class OptimizerConfig:
 
 def schedule_faults(config: OptimizerConfig, steps: int) -> list[str]:
   """Lines about a schedule that does not fit a run of `steps` steps; empty when all is well."""
-  if config.warmup_steps + config.decay_steps > steps:
+  span, name = (config.schedule_steps, "schedule_steps") if config.schedule_steps else (steps, "train.steps")
+  if config.warmup_steps + config.decay_steps > span:
     return [
-      f"optimizer.warmup_steps {config.warmup_steps} and decay_steps {config.decay_steps} do not fit into train.steps "
-      f"{steps}"
+      f"optimizer.warmup_steps {config.warmup_steps} and decay_steps {config.decay_steps} do not fit into {name} {span}"
     ]
   return []
 
 
+def changed_rates(old: tuple["OptimizerConfig", int], new: tuple["OptimizerConfig", int], finished: int) -> list[str]:
+  """A line if so many finished steps would have had other learning rates under `new` than they had under `old`.
+
+  Each is a config with the steps of its run: more steps stretch a schedule, also over what is done.
+  """
+  steps = np.arange(finished)
+  rates, wanted = (np.broadcast_to(make_schedule(*each)(steps), steps.shape) for each in (old, new))
+  different = np.flatnonzero(~np.isclose(rates, wanted, rtol=1e-5, atol=0))
+  if not different.size:
+    return []
+  first, span = different[0], old[0].schedule_steps or old[1]
+  return [
+    f"config.train.steps {new[1]}: finished steps would have had another learning rate (step {first + 1}: "
+    f"{rates[first]:.4g} as it was, {wanted[first]:.4g} now); config.optimizer.schedule_steps={span} keeps the "
+    f"{new[0].schedule} schedule, whose rate then stays as it ends"
+  ]
+
+
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  """The schedule, step (from 0) -> learning rate: linear warm-up, the peak, and the decay that ends at `steps`."""
+  """The schedule, step (from 0) -> learning rate: linear warm-up, the peak, and the decay that ends at `steps`, or at
+  `schedule_steps` if that is set.
+  """
+  steps = config.schedule_steps or steps
   shape = pick(SCHEDULES, config.schedule, "schedule")
   decay = config.decay_steps or round(shape.part * (steps - config.warmup_steps))
   parts, borders = [optax.constant_schedule(config.learning_rate)], []

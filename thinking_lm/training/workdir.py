@@ -31,6 +31,7 @@ from thinking_lm.training import storage
 
 FREE_KEYS = (
   "train.steps",
+  "optimizer.schedule_steps",
   "train.log_every",
   "train.tensorboard",
   "train.accumulation",
@@ -49,7 +50,8 @@ FREE_KEYS = (
   "mesh.",
 )
 """Config keys, or whole sections, that may change when a run is continued: they do not change what is computed, apart
-from how long, and from rounding when the devices or micro-batches differ. Where the data lies may change, what it says
+from how long, and from rounding when the devices or micro-batches differ. (`optimizer.changed_rates` sees to it that
+more steps change no rate of a finished one.) Where the data lies may change, what it says
 may not: every checkpoint holds the data's digest."""
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ml-collections", "etils")
@@ -104,6 +106,13 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
+def config_there(path: epath.Path) -> dict[str, Any] | None:
+  """The nested config of the run that the directory belongs to; None if there is none, or none that saved a step."""
+  file = path / "config.json"
+  there = file.exists() and any((path / "checkpoints").glob("*"))
+  return json.loads(file.read_text()) if there else None
+
+
 def agree_config(path: epath.Path, config: Mapping[str, Any]) -> None:
   """Writes `config.json`, unless the directory belongs to a run with another config.
 
@@ -112,10 +121,10 @@ def agree_config(path: epath.Path, config: Mapping[str, Any]) -> None:
   Raises:
     ConfigError: one line for every key that differs and is not among `FREE_KEYS`.
   """
-  file = path / "config.json"
   config = json.loads(storage.canonical(config))  # Tuples become lists, as they are in the file.
-  if file.exists() and any((path / "checkpoints").glob("*")):
-    old, new = flatten(json.loads(file.read_text())), flatten(config)
+  there = config_there(path)
+  if there is not None:
+    old, new = flatten(there), flatten(config)
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key, ...) != new.get(key, ...)]
     lines = {key: f"config.{key}: {_show(old, key)} there, {_show(new, key)} now" for key in changed}
     faults = [f"  {line}" for key, line in lines.items() if not key.startswith(FREE_KEYS)]
@@ -124,7 +133,7 @@ def agree_config(path: epath.Path, config: Mapping[str, Any]) -> None:
       raise ConfigError([title, *faults, "go on with that config, or choose another --workdir"])
     for line in lines.values():
       logging.warning("the config of %s changes, %s", path, line)
-  storage.write_atomic(file, storage.canonical(config, indent=2) + "\n")
+  storage.write_atomic(path / "config.json", storage.canonical(config, indent=2) + "\n")
 
 
 def agree_processes(values: Mapping[str, Any]) -> None:
