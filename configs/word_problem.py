@@ -1,4 +1,4 @@
-"""S3 word problem: the running product of 12 group elements, the label asked for at every element.
+"""S3 word problem: the running product of 16 group elements, the label asked for at every element.
 
 Purpose: one attention layer is too shallow to track the state; a latent thought after each element can carry it.
 Command: python -m thinking_lm.train --config=configs/word_problem.py[:RECIPE] --workdir=runs/word_problem
@@ -14,7 +14,7 @@ def get_config(recipe="latent"):
   config.data.source = "task"
   config.data.task.name = "word_problem"
   config.data.task.group = "S3"
-  config.data.task.length = 12
+  config.data.task.length = 16
   config.data.sequence_length = 0
   config.model.layers = 1
   config.model.width = 64
