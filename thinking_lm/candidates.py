@@ -34,7 +34,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of what is drawn.", lower_bound=0, uppe
 
 def lines_of(task, example, candidates: Sequence[bytes]) -> list[dict]:
   """The lines of one problem."""
-  from thinking_lm.data.tasks import RATIONALES
+  from thinking_lm.data import rationales
 
   text = lambda data: data.decode(errors="replace")
   lines = [
@@ -46,8 +46,9 @@ def lines_of(task, example, candidates: Sequence[bytes]) -> list[dict]:
     )
     for candidate in candidates
   ]
-  if task.options.name in RATIONALES:
-    written = text(RATIONALES[task.options.name](example.prompt, task.options))
+  if task.options.name in rationales.STEPS:
+    steps = rationales.STEPS[task.options.name](example.prompt, task.options.modulus)
+    written = text(rationales.shown(steps, rationales.final(example.answer)))
     lines = [line | dict(rationale=written) for line in lines]
   if _DISTINCT.value:
     texts = [line["candidate"] for line in lines]

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from thinking_lm import config
+from thinking_lm.data import rationales
 from thinking_lm.data.tokenizer import ByteTokenizer, SymbolTokenizer, Tokenizer
 from thinking_lm.errors import ConfigError
 
@@ -93,6 +94,11 @@ def exact_match(expected: bytes, given: bytes) -> float:
   return float(expected.strip() == given.strip())
 
 
+def final_match(expected: bytes, given: bytes) -> float:
+  """`exact_match` of what stands behind the written steps, if there are any."""
+  return exact_match(rationales.final(expected), rationales.final(given))
+
+
 def label_accuracy(expected: bytes, given: bytes) -> float:
   """The share of labels (names separated by white space) that are right; missing and surplus ones count as wrong."""
   labels, guesses = expected.split(), given.split()
@@ -144,11 +150,14 @@ def _draw_word_problem(group: str, tokenizer: SymbolTokenizer, random: np.random
 
 def _text_task(options: "TaskConfig", write: Callable, longest: Callable[[int], int]) -> Task:
   draw = functools.partial(_draw_text, write, options)
-  return Task(options, ByteTokenizer(), draw, exact_match, longest, tagging=False)
+  steps = rationales.longest(options.name, options.written, options.modulus)
+  return Task(options, ByteTokenizer(), draw, final_match, lambda length: longest(length) + steps, tagging=False)
 
 
 def _draw_text(write: Callable, options: "TaskConfig", random: np.random.Generator, length: int) -> Example:
   prompt, answer = write(options, random, length)
+  if options.written:
+    answer = rationales.shown(rationales.STEPS[options.name](prompt, options.modulus)[-options.written :], answer)
   text = np.frombuffer(prompt + answer, np.uint8).astype(np.int32)
   border = np.array([256], np.int32)
   weights = np.ones(len(text) + 1, np.float32)
@@ -250,30 +259,6 @@ TAGGING = ("word_problem",)
 """The tasks that label every token."""
 
 
-def letters_one_by_one(prompt: bytes) -> bytes:
-  """last_letter, worked out: `tree e, axe e: ee`."""
-  words = prompt.rstrip(b"=").split()
-  return b", ".join(word + b" " + word[-1:] for word in words) + b": " + b"".join(word[-1:] for word in words)
-
-
-def steps_one_by_one(prompt: bytes, modulus: int) -> bytes:
-  """modular_arithmetic, worked out from left to right: `3, +9 2, *2 4`."""
-  parts = re.findall(rb"([-+*]?)(\d+)", prompt)
-  value, steps = int(parts[0][1]), [parts[0][1]]
-  for sign, digits in parts[1:]:
-    number = int(digits)
-    value = {b"+": value + number, b"-": value - number, b"*": value * number}[sign] % modulus
-    steps.append(sign + digits + b" %d" % value)
-  return b", ".join(steps)
-
-
-RATIONALES = dict(
-  last_letter=lambda prompt, options: letters_one_by_one(prompt),
-  modular_arithmetic=lambda prompt, options: steps_one_by_one(prompt, options.modulus),
-)
-"""task -> (prompt, TaskConfig) -> how its answer is found, written by a program, for verifiers to learn from."""
-
-
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
   """Which synthetic task, and how hard."""
@@ -287,6 +272,7 @@ class TaskConfig:
   modulus: int = config.option(10, "modular_arithmetic, variable_tracking: results are modulo this", low=2, high=1000)
   variables: int = config.option(4, "variable_tracking: how many variables", low=1, high=26)
   weigh_prompt: bool = config.option(False, "text tasks: prompt tokens have weight 1 too")
+  written: int = config.option(0, "text tasks: the last so many steps to the answer are written before it", low=0)
   train_examples: int = config.option(2**20, "examples of one training epoch", low=1, high=2**32 - 1)
   eval_examples: int = config.option(512, "examples of validation, and of test", low=1, high=2**32 - 1)
 
@@ -297,11 +283,14 @@ class TaskConfig:
 
   def faults(self) -> list[str]:
     """Rules across fields."""
+    found = []
+    if self.written and self.name not in rationales.STEPS:
+      found.append(f"written is for tasks whose steps a program can write: {', '.join(rationales.STEPS)}")
     try:
       parse_group(self.group)
     except ConfigError as error:
-      return error.faults
-    return []
+      found += error.faults
+    return found
 
 
 def build(options: TaskConfig) -> Task:
