@@ -215,10 +215,10 @@ class Experiment:
       np.arange(len(rows), dtype=np.uint32),
       self.data.vocabulary,
     )
-    return jax.device_get(self._decode(sampling)(params, jax.tree.map(jnp.asarray, batch), key=key))
+    return jax.device_get(self.decode(sampling)(params, jax.tree.map(jnp.asarray, batch), key=key))
 
   @functools.lru_cache(maxsize=4)  # noqa: B019 (an experiment lives as long as its process)
-  def _decode(self, sampling: Sampling):
+  def decode(self, sampling: Sampling):
     """The compiled decoder."""
     return jax.jit(
       functools.partial(generate, self.model, self.config.thought, vocabulary=self.data.vocabulary, sampling=sampling)

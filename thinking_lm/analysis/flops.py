@@ -120,6 +120,16 @@ def _with_backward(forward: Ledger, model: ModelConfig, gradient: bool, untouche
   return dataclasses.replace(forward, backward=backward)
 
 
+def training_ledger(config, vocabulary_size: int, T: int) -> Ledger:
+  """The ledger of one training step of an ExperimentConfig, optimizer left out.
+
+  Of drawn thoughts without relaxed copies: what exact objectives and those add is in `training_flops` only.
+  """
+  row = ledger(config.model, vocabulary_size, config.thought, T, aligned=config.data.aligned, gradient=True)
+  rows = config.train.batch_size
+  return Ledger(**{name: value * rows for name, value in dataclasses.asdict(row).items()})
+
+
 def training_flops(config, vocabulary_size: int, T: int) -> float:
   """FLOPs of one training step of an ExperimentConfig, optimizer left out."""
   of = _every_thought if config.objective.exact else _drawn_thoughts
@@ -145,3 +155,31 @@ def _every_thought(config, vocabulary_size: int, T: int) -> float:
   row = ledger(config.model, vocabulary_size, few, T, aligned=config.data.aligned, gradient=True)
   again = row.forward - row.draw if parts > 1 else 0.0
   return parts * (row.total - row.draw + again)
+
+
+def plain_floor(config, vocabulary_size: int, T: int) -> float:
+  """`Ledger.floor` of a training step on the same real tokens without any thought."""
+  without = dataclasses.replace(config.thought, length=0)
+  return training_ledger(dataclasses.replace(config, thought=without), vocabulary_size, T).floor
+
+
+def slots(thought: ThoughtConfig, T: int, aligned: int) -> tuple[int, int]:
+  """(slots of a row that the layers run over in a scoring pass, calls of all layers in a step's forward passes).
+
+  A call streams every weight once. Serial thoughts make a call for each think slot of a block (persistent) or of all
+  private thoughts at once; what is drawn and then scored makes those of both.
+  """
+  N = capacity(thought, T, aligned)
+  if not N:
+    return T, 1
+  C, R = blocks(thought, T, N, aligned)
+  G, J, kind = thought.samples, thought.slots, thought.kind_of
+  if thought.topology == "private":
+    rows, parallel, serial = T + G * N * (J + thought.lookahead - 1), 2, 1 + J + (thought.lookahead > 1)
+  else:
+    rows, parallel, serial = G * R * (C + J), 1, R * (1 + J)
+  if not kind.serial:
+    return rows, parallel
+  if kind.policy and thought.rescore:
+    return rows, serial + parallel - (thought.topology == "private")
+  return rows, serial

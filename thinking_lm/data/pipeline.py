@@ -129,7 +129,7 @@ class BatchMaker:
 class Data:
   """What `build` gives.
 
-  vocabulary, tokenizer: of the tokens (a sketch has no tokenizer and no splits).
+  vocabulary, tokenizer: of the tokens (of a sketch, a stand-in).
   digest: hexadecimal sha256 of everything that decides which example has which
   number: source content, tokenizer, and the options that change rows or order. sequence_length: T. task: the synthetic
   task, or None. counts: how often something was mended or skipped because the config asked for it, and how many
@@ -138,7 +138,7 @@ class Data:
 
   options: DataConfig
   vocabulary: types.Vocabulary
-  tokenizer: tokenizer.Tokenizer | None
+  tokenizer: tokenizer.Tokenizer
   digest: str
   sequence_length: int
   task: tasks.Task | None
@@ -258,8 +258,8 @@ def sketch(options: DataConfig) -> Data:
   size = options.vocabulary_size
   if not size:
     return without_rows(options)
-  vocabulary = types.Vocabulary(size, 0, np.ones(size, np.int32), np.zeros(size, np.int8))
-  return Data(options, vocabulary, None, "", options.sequence_length, None, {}, {})
+  encoder = tokenizer.StandIn(size)
+  return Data(options, encoder.vocabulary, encoder, "", options.sequence_length, None, {}, {})
 
 
 def build(options: DataConfig) -> Data:

@@ -1,0 +1,53 @@
+"""8 B parameters on 4 slices of v6e (16 x 16 chips each).
+
+Purpose: the same model where copies of the parameters meet over the data-centre network.
+Plan: python -m thinking_lm.plan --config=configs/pod/v6e_8b_4slices.py:RECIPE --topology=v6e:16x16 --slices=4
+Command, on every host: python -m thinking_lm.train --config=configs/pod/v6e_8b_4slices.py:RECIPE --workdir=gs://BUCKET/RUN \
+  --config.data.input=gs://BUCKET/corpus --config.data.tokenizer=sentencepiece:PATH
+Recipes: none, latent (persistent, n = 4), hybrid (private, n = 16, G = 4).
+Measured: never trained; compiled only, see budgets.json (`make plan`).
+Thoughts stand after every 64th token: a serial thought reads all weights once for each of its tokens, so that
+closer ones leave the chips waiting for memory.
+"""
+
+from thinking_lm import experiment, recipes
+
+THOUGHTS = dict(
+  latent={"thought.length": 4},
+  hybrid={"thought.length": 16, "thought.topology": "private", "thought.lookahead": 4},
+)
+
+
+def get_config(recipe="none"):
+  """32 layers of width 4096 on rows of 4096 tokens, 4.2 M real tokens a step."""
+  config = experiment.default_config()
+  config.data.source = "arrayrecord"
+  config.data.input = "corpus"
+  config.data.tokenizer = "sentencepiece:tokenizer.model"
+  config.data.vocabulary_size = 128000
+  config.data.sequence_length = 4096
+  config.data.align = 64
+  config.model.layers = 32
+  config.model.width = 4096
+  config.model.heads = 32
+  config.model.kv_heads = 8
+  config.model.mlp_width = 14336
+  config.model.rope_base = 500_000.0
+  config.model.tie_embeddings = False
+  config.model.vocabulary_multiple = 1024
+  config.model.compute_dtype = "bfloat16"
+  config.model.remat = "full"
+  config.thought.placement = "stride"
+  config.thought.stride = 64
+  config.train.steps = 100_000
+  config.train.batch_size = 1024
+  config.train.distributed = True
+  config.optimizer.learning_rate = 3e-4
+  config.optimizer.warmup_steps = 2000
+  config.checkpoint.every = 500
+  config.mesh.data = 4
+  config.mesh.fsdp = 256
+  config.mesh.tensor = 1
+  recipes.apply(config, recipe)
+  config.update_from_flattened_dict(THOUGHTS.get(recipe, {}))
+  return config

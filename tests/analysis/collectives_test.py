@@ -1,0 +1,70 @@
+"""Collectives read off HLO text: a text by hand, and programs whose collectives are known."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from thinking_lm.analysis.collectives import Collective, read, travelled
+
+TPU = """HloModule jit_step, is_scheduled=true
+
+%fused.1 (p: f32[8,16]) -> f32[2,16] {
+  %p = f32[8,16]{1,0:T(8,128)} parameter(0)
+  %all-reduce.3 = f32[8,16]{1,0:T(8,128)} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %slice = f32[2,16]{1,0} dynamic-slice(%all-reduce.3), dynamic_slice_sizes={2,16}
+}
+
+%cond (c: (s32[], bf16[4,8])) -> pred[] {
+  %n = s32[]{:T(128)} constant(5)
+  %i = s32[] get-tuple-element(%c), index=0
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%body (b: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %all-gather.1 = bf16[4,8]{1,0:T(8,128)(2,1)} all-gather(%x), dimensions={0}
+  %all-reduce-scatter.2 = f32[2,16]{1,0} fusion(%all-gather.1), kind=kCustom, calls=%fused.1
+  ROOT %t = (s32[]{:T(128)}, bf16[4,8]{1,0}) tuple(%i, %all-gather.1)
+}
+
+%until (u: (s32[], bf16[4,8])) -> pred[] {
+  ROOT %any = pred[] compare(%a, %b), direction=NE
+}
+
+ENTRY %main (a: bf16[4,8]) -> bf16[4,8] {
+  %while.1 = (s32[]{:T(128)}, bf16[4,8]{1,0}) while(%start), condition=%cond, body=%body
+  %while.2 = (s32[]{:T(128)}, bf16[4,8]{1,0}) while(%start), condition=%until, body=%body
+  %permute = (bf16[4,8]{1,0}, bf16[4,8]{1,0}, u32[], u32[]) collective-permute-start(%a), source_target_pairs={{0,1}}
+  %done = bf16[4,8]{1,0} collective-permute-done(%permute)
+  ROOT %two = (f32[3]{0}, f32[5]{0}) all-reduce(%c, %d), to_apply=%add
+}
+"""
+
+
+def test_loops_count_as_often_as_they_run_and_fusions_are_reduce_scatters():
+  found, unknown = read(TPU)
+  assert unknown == 1
+  assert found == {
+    "all-gather": Collective(2, 6, 6 * 64),
+    "all-reduce": Collective(1, 1, 32),
+    "collective-permute": Collective(1, 1, 64),
+    "reduce-scatter": Collective(2, 6, 6 * 512),
+  }
+  assert travelled(found) == 6 * 64 + 2 * 32 + 64 + 6 * 512
+
+
+def test_a_compiled_loop_of_known_collectives():
+  mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+  split = NamedSharding(mesh, P("x"))
+
+  def program(x, w_L):
+    def layer(x, w):
+      return jnp.tanh(x @ w), None
+
+    return jax.lax.scan(layer, x, w_L)[0]
+
+  x = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=split)
+  w = jax.ShapeDtypeStruct((7, 32, 32), jnp.float32, sharding=NamedSharding(mesh, P(None, "x")))
+  found, unknown = read(jax.jit(program, out_shardings=split).lower(x, w).compile().as_text())
+  assert unknown == 0
+  assert sum(collective.runs for collective in found.values()) == 7, "one for each layer, of what travels less"

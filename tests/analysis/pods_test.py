@@ -1,0 +1,167 @@
+"""The plan on eight virtual CPU devices: the same functions as for a pod, which need libtpu only for its compiler."""
+
+import dataclasses
+import pathlib
+import runpy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from thinking_lm import experiment, recipes
+from thinking_lm.analysis import ahead, budgets, chips, pods
+from thinking_lm.training import loop
+from thinking_lm.training.mesh import make_mesh
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = {
+  "data.source": "arrayrecord",
+  "data.input": "nowhere",
+  "data.vocabulary_size": 61,
+  "data.sequence_length": 16,
+  "data.align": 8,
+  "model.width": 32,
+  "thought.placement": "stride",
+  "train.batch_size": 16,
+  "optimizer.ema": 0.9,
+  "mesh.data": 2,
+  "mesh.fsdp": 2,
+  "mesh.tensor": 2,
+}
+
+
+def sketch(recipe="latent", **values):
+  config = recipes.apply(experiment.default_config(), recipe)
+  config.update_from_flattened_dict(TINY | values)
+  return experiment.sketch(experiment.parse(config))
+
+
+def planned(built, parts=pods.PARTS):
+  return pods.plan(built, chips.CHIPS["v5e"], jax.devices(), 1, parts, pods.Decode(0, 8, 4))
+
+
+@pytest.fixture(scope="module")
+def plan():
+  return planned(sketch())
+
+
+def test_every_part_compiles_and_bytes_are_those_of_the_shards(plan):
+  assert set(plan.parts) == set(pods.PARTS) and all(part.fits for part in plan.parts.values())
+  built = sketch()
+  mesh = make_mesh(built.config.mesh)
+  with jax.set_mesh(mesh):
+    made = loop.program(built.run(mesh), mesh)
+    state = jax.jit(made.init, out_shardings=made.shardings)(jax.random.key(0))
+  own = lambda tree: sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+  train = plan.parts["train"].arguments
+  assert train["parameters"] == train["ema"] == own(state.params)
+  assert train["optimizer"] == own(state.opt_state)
+  assert plan.parameters == sum(leaf.size for leaf in jax.tree.leaves(state.params))
+  assert train["batch"] == 4 * (5 * 4 * 16 + 4), "five arrays of a quarter of the rows, and their ids"
+
+
+def test_the_plan_is_shown_and_kept(plan):
+  text = pods.show(plan, "v5e")
+  for word in ("train: fits", "generate: fits", "evaluate: fits", "all-reduce", "MFU at best", "assumed:"):
+    assert word in text
+  found = budgets.record(plan)
+  kept = budgets.budget(found)
+  assert budgets.faults(kept, found) == []
+  kept["train"]["peak_gib"] = -1.0
+  kept["generate"]["collectives"].popitem()
+  assert len(budgets.faults(kept, found)) == 2
+
+
+def test_more_work_is_a_slower_step(plan):
+  e = plan.estimate
+  assert e.fast == max(e[:4]) and e.slow == pytest.approx(sum(e[:4]))
+  assert 0 < e.mfu_real < e.mfu_thinking < 1
+
+
+def refusal(needed):
+  return jax.errors.JaxRuntimeError(
+    f"RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries ({needed}G) exceeds "
+    "available HBM (15.75G)."
+  )
+
+
+class Lowered:
+  """A program that needs some GiB at O1, and a part of it at the default level."""
+
+  levels = []  # noqa: RUF012
+
+  def __init__(self, gib, saved):
+    self.needed = gib - saved * (jax.config.jax_optimization_level != "O1")
+
+  def compile(self):
+    Lowered.levels.append(jax.config.jax_optimization_level)
+    if self.needed > 15.75:
+      raise refusal(self.needed)
+    return jax.jit(lambda x: x + 1).lower(jnp.zeros(3)).compile()
+
+
+def test_what_does_not_fit_quickly_is_compiled_well():
+  mesh = make_mesh(sketch().config.mesh)
+  before = jax.config.jax_optimization_level
+  tight = ahead.compiled(ahead.Part(lambda: Lowered(17.5, 2), {}), mesh)
+  assert tight.fits and tight.level == "default"
+  never = ahead.compiled(ahead.Part(lambda: Lowered(20.0, 2), {}), mesh)
+  assert not never.fits and never.peak == 18 * 2**30
+  assert jax.config.jax_optimization_level == before
+  assert Lowered.levels[-2:] == ["O1", before]
+
+
+def test_the_search_says_what_fits_and_changes_the_batch_last():
+  config = sketch(**{"train.batch_size": 32}).config
+  said = [words for words, _ in pods.alternatives(config, 8)]
+  assert said[:4] == [
+    "model.remat=full",
+    "model.remat=full train.accumulation=2",
+    "model.remat=full train.accumulation=4",
+    "model.remat=full train.accumulation=8",
+  ]
+  assert said[4].endswith("mesh.data=1 mesh.fsdp=4") and said[-1].endswith("train.batch_size=4")
+  for _, other in pods.alternatives(config, 8):
+    assert other.model == dataclasses.replace(config.model, remat="full")
+
+
+def test_advice_is_one_line_and_names_a_config_that_fits(plan, monkeypatch):
+  train = dataclasses.replace(plan.parts["train"], fits=False, peak=20 * 2**30)
+  tight = dataclasses.replace(plan, parts=dict(train=train))
+  build = lambda config: experiment.sketch(config)
+  assert "--fit" in pods.advice(tight, False, build, jax.devices())
+  fits = iter([False, True])
+  monkeypatch.setattr(ahead, "compiled", lambda *_: dataclasses.replace(train, fits=next(fits), peak=2**30))
+  line = pods.advice(tight, True, build, jax.devices())
+  assert line == (
+    "train needs 20.0 GiB of 15.75 GiB a device; model.remat=full train.accumulation=2 does, with 1.0 GiB"
+  )
+
+
+PODS = sorted((ROOT / "configs/pod").glob("*.py"))
+
+
+@pytest.mark.parametrize("recipe", ["none", "latent", "hybrid"])
+@pytest.mark.parametrize("file", PODS, ids=lambda file: file.stem)
+def test_pod_configs_build_without_their_data(file, recipe):
+  module = runpy.run_path(str(file))
+  config = experiment.parse(module["get_config"](recipe))
+  built = experiment.sketch(config)
+  batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), experiment_batch(built))
+  params, key = built.model.shapes, jax.eval_shape(lambda: jax.random.key(0))
+  trace = jax.eval_shape(built.rollout, params, batch, key)
+  assert trace.logp_BGT.shape[0] == 2
+  thought = config.thought
+  expected = dict(none=(0, 1), latent=(4, 1), hybrid=(16, 4))[recipe]
+  assert (thought.length, thought.samples) == expected
+  assert recipe != "hybrid" or thought.topology == "private"
+  size = float(file.stem.split("_")[1].removesuffix("b"))
+  count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(params)) / 1e9
+  assert 0.95 * size < count < 1.35 * size
+
+
+def experiment_batch(built):
+  from thinking_lm.training.mesh import MeshConfig, abstract_batch
+
+  return abstract_batch(make_mesh(MeshConfig(data=1, fsdp=-1)), 2, built.data.sequence_length)

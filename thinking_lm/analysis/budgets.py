@@ -1,0 +1,70 @@
+"""What a plan must not exceed, kept in a file beside the configs: a change that makes a pod worse is seen."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from thinking_lm.analysis import roofline
+from thinking_lm.analysis.chips import GIB
+from thinking_lm.analysis.pods import Plan
+
+SLACK = 1.05
+"""How far the peak and the bytes that travel may be above the budget: what another compiler version may differ by."""
+
+
+def record(plan: Plan) -> dict[str, Any]:
+  """A plan as JSON values."""
+  return dict(
+    parameters=plan.parameters,
+    mesh=dict(plan.mesh),
+    chip=plan.chip._asdict(),
+    flops=roofline.table(plan.ledger),
+    parts={
+      name: dataclasses.asdict(part) | dict(collectives={k: c._asdict() for k, c in part.collectives.items()})
+      for name, part in plan.parts.items()
+    },
+    estimate=plan.estimate and plan.estimate._asdict(),
+    assumptions=roofline.ASSUMPTIONS,
+  )
+
+
+def budget(found: Mapping[str, Any]) -> dict[str, Any]:
+  """What is kept of a record: for each part its peak (GiB) and the number and bytes (GiB) of its collectives."""
+  return {
+    name: dict(
+      peak_gib=round(part["peak"] / GIB, 3),
+      collectives={
+        kind: dict(instructions=each["instructions"], gib=round(each["bytes"] / GIB, 3))
+        for kind, each in part["collectives"].items()
+      },
+    )
+    for name, part in found["parts"].items()
+  }
+
+
+def faults(kept: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+  """Lines about everything that is above its budget, or that no longer fits."""
+  lines = []
+  for name, now in budget(found).items():
+    if not found["parts"][name]["fits"]:
+      lines.append(f"{name} does not fit: {now['peak_gib']} GiB")
+      continue
+    before = kept[name]
+    if now["peak_gib"] > SLACK * before["peak_gib"]:
+      lines.append(f"{name} peak {now['peak_gib']} GiB is above {before['peak_gib']}")
+    for kind, each in now["collectives"].items():
+      allowed = before["collectives"].get(kind, dict(instructions=0, gib=0.0))
+      if each["instructions"] > allowed["instructions"] or each["gib"] > SLACK * allowed["gib"] + 0.001:
+        lines.append(
+          f"{name} {kind}: {each['instructions']} with {each['gib']} GiB, above {allowed['instructions']} with "
+          f"{allowed['gib']}"
+        )
+  return lines
+
+
+def brief(found: Mapping[str, Any]) -> str:
+  """One line: what fits in how much."""
+  parts = ", ".join(f"{name} {part['peak'] / GIB:.2f}" for name, part in found["parts"].items())
+  estimate = found["estimate"]
+  tail = f"; a step of {estimate['fast']:.2f} s at best, MFU {estimate['mfu_thinking']:.0%}" if estimate else ""
+  return f"{parts} of {found['chip']['usable'] / GIB:.2f} GiB a device{tail}"

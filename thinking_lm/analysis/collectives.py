@@ -1,0 +1,124 @@
+"""Collectives of a compiled program, read off its HLO text: how many, of what kind, how many bytes.
+
+XLA prints a loop's body once; here it counts as often as the loop runs. On TPU a gradient's reduce-scatter is a fusion
+that is named all-reduce-scatter, never an instruction of that kind.
+"""
+
+import collections
+import math
+import re
+from typing import NamedTuple
+
+WIDTHS = dict(pred=1, s8=1, u8=1, s16=2, u16=2, f16=2, bf16=2, s32=4, u32=4, f32=4, s64=8, u64=8, f64=8)
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+TRAVEL = collections.defaultdict(lambda: 1.0, {"all-reduce": 2.0})
+"""Bytes that a device receives for each byte of a collective's whole array, on a ring of many devices."""
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ((?:\([^()]*(?:\([^()]*\)[^()]*)*\)|\S+)) ([\w\-]+)\(")
+_SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_LIMIT = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
+_KNOWN = re.compile(r'known_trip_count"?:\{"n":"(\d+)"')
+
+
+class Collective(NamedTuple):
+  """All collectives of one kind.
+
+  instructions: in the text. runs: how often they run in one call of the program. bytes: of the whole arrays (what is
+  gathered, reduced or exchanged) as one device sees them, over all runs.
+  """
+
+  instructions: int
+  runs: int
+  bytes: int
+
+
+def sizes(text: str) -> list[int]:
+  """Bytes of every array type in a piece of HLO text."""
+  return [
+    WIDTHS.get(kind, 4) * math.prod(int(size) for size in shape.split(",") if size)
+    for kind, shape in _SHAPE.findall(text)
+  ]
+
+
+def read(text: str) -> tuple[dict[str, Collective], int]:
+  """(kind -> Collective, number of loops whose trips are not known and count as one).
+
+  A `while_loop` that runs until something happens (decoding) has no known trips: its collectives are those of a step.
+  """
+  bodies, entry = _computations(text)
+  found: dict[str, list[int]] = {}
+  unknown = 0
+
+  def walk(name: str, times: int) -> None:
+    nonlocal unknown
+    for line in bodies.get(name, ()):
+      match = _INSTRUCTION.match(line)
+      if not match:
+        continue
+      label, shape, op = match.groups()
+      kind = op.removesuffix("-start")
+      if op == "fusion" and label.startswith("all-reduce-scatter"):
+        inner = [line for called in _CALLED.findall(line) for line in bodies.get(called, ())]
+        whole = [sum(sizes(found[2])) for found in map(_INSTRUCTION.match, inner) if found and found[3] == "all-reduce"]
+        _count(found.setdefault("reduce-scatter", [0, 0, 0]), times, max(whole, default=sum(sizes(shape))))
+        continue
+      if kind in KINDS and not op.endswith("-done"):
+        operands = line[match.end() :].split(")")[0]
+        whole = sum(sizes(operands)) if kind == "reduce-scatter" else _whole(shape, op)
+        _count(found.setdefault(kind, [0, 0, 0]), times, whole)
+        continue
+      trips = 1
+      if op == "while":
+        trips = _trips(line, bodies)
+        unknown += trips is None
+      if op not in ("reduce", "scatter", "sort", "reduce-window", "map"):
+        branches = [name.strip(" %") for group in _BRANCHES.findall(line) for name in group.split(",")]
+        for called in (*_CALLED.findall(line), *branches):
+          walk(called, times * (trips or 1))
+
+  walk(entry, 1)
+  return {kind: Collective(*numbers) for kind, numbers in sorted(found.items())}, unknown
+
+
+def travelled(found: dict[str, Collective]) -> float:
+  """Bytes that a device receives in one call of the program."""
+  return sum(TRAVEL[kind] * collective.bytes for kind, collective in found.items())
+
+
+def _count(numbers: list[int], times: int, size: int) -> None:
+  numbers[:] = numbers[0] + 1, numbers[1] + times, numbers[2] + times * size
+
+
+def _whole(shape: str, op: str) -> int:
+  """Bytes of a collective's result. An asynchronous start gives its operands too: of these pairs the larger."""
+  every = sizes(shape)
+  return max(every, default=0) if op.endswith("-start") and op != "all-reduce-start" else sum(every)
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+  """(name -> lines of each computation, name of the entry)."""
+  bodies: dict[str, list[str]] = {}
+  entry = name = ""
+  for line in text.splitlines():
+    match = _COMPUTATION.match(line)
+    if match:
+      name = match[2]
+      bodies[name] = []
+      entry = name if match[1] else entry
+    elif name:
+      bodies[name].append(line)
+  return bodies, entry
+
+
+def _trips(line: str, bodies: dict[str, list[str]]) -> int | None:
+  """How often a loop runs: XLA's word for it, or the only bound that its condition compares with."""
+  known = _KNOWN.search(line)
+  if known:
+    return int(known[1])
+  condition = re.search(r"condition=%?([\w.\-]+)", line)
+  lines = bodies.get(condition[1], []) if condition else []
+  limits = [int(found[1]) for found in map(_LIMIT.search, lines) if found]
+  return limits[0] if len(limits) == 1 and any("direction=LT" in line for line in lines) else None

@@ -1,0 +1,133 @@
+"""The plan of a run on a pod: what fits, what travels, how many FLOPs, and a roofline; and what would fit instead."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from thinking_lm.analysis import ahead, collectives, roofline
+from thinking_lm.analysis.chips import GIB, Chip
+from thinking_lm.analysis.flops import Ledger, training_ledger
+from thinking_lm.model.generate import Sampling
+from thinking_lm.training.mesh import device_faults, make_mesh
+
+PARTS = ("train", "generate", "evaluate")
+
+
+class Decode(NamedTuple):
+  """What the sampler is compiled for. rows 0: one for each device that splits rows."""
+
+  rows: int
+  prompt: int
+  tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What was found. parts: name -> ahead.Compiled. estimate: of the training step, None if that was not compiled."""
+
+  config: Any
+  chip: Chip
+  mesh: Mapping[str, int]
+  devices: int
+  parameters: int
+  ledger: Ledger
+  parts: Mapping[str, ahead.Compiled]
+  estimate: roofline.Estimate | None
+
+
+def plan(built: Any, chip: Chip, devices: Sequence, slices: int, parts: Sequence[str], decode: Decode) -> Plan:
+  """Compiles parts of an Experiment for the devices of a pod. Raises ConfigError for a mesh that does not fit them."""
+  c, T, V = built.config, built.data.sequence_length, built.data.vocabulary.size
+  mesh = make_mesh(c.mesh, devices)
+  rows = decode.rows or mesh.shape["data"] * mesh.shape["fsdp"]
+  make = dict(
+    train=lambda: ahead.train(built, mesh),
+    generate=lambda: ahead.generate(built, mesh, Sampling(decode.tokens), rows, decode.prompt),
+    evaluate=lambda: ahead.evaluate(built, mesh),
+  )
+  found = {name: ahead.compiled(make[name](), mesh) for name in parts}
+  parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(built.model.shapes))
+  guess = None
+  if "train" in found and found["train"].fits:
+    travel = collectives.travelled(found["train"].collectives)
+    guess = roofline.estimate(c, V, T, parameters, chip, mesh, slices, travel)
+  return Plan(c, chip, dict(mesh.shape), mesh.size, parameters, training_ledger(c, V, T), found, guess)
+
+
+def show(plan: Plan, where: str) -> str:
+  """The plan as text."""
+  mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
+  lines = [f"{plan.parameters / 1e9:.2f} B parameters on {where}, {plan.devices} devices: {mesh}"]
+  for name, part in plan.parts.items():
+    verdict = "fits" if part.fits else "DOES NOT FIT"
+    limit = plan.chip.usable / GIB
+    lines.append(f"\n{name}: {verdict}, {part.peak / GIB:.2f} of {limit:.2f} GiB a device (XLA {part.level})")
+    held = [*part.arguments.items(), ("temporaries", part.temporaries)]
+    lines.append("  " + ", ".join(f"{kind} {size / GIB:.3f}" for kind, size in held if size))
+    for kind, each in part.collectives.items():
+      lines.append(f"  {kind:<20}{each.instructions:>4} in the program, {each.runs:>6} run, {each.bytes / GIB:.2f} GiB")
+    if part.unknown_loops:
+      lines.append(f"  ({part.unknown_loops} loops run an unknown number of times: theirs are counted once)")
+  flops = roofline.table(plan.ledger)
+  lines.append("\nFLOPs of a training step: " + ", ".join(f"{name} {value:.3g}" for name, value in flops.items()))
+  if plan.estimate:
+    e = plan.estimate
+    lines.append(
+      f"roofline: compute {e.compute:.3f} s, memory {e.memory:.3f} s, network {e.network:.3f} s, between slices "
+      f"{e.slices:.3f} s: a step takes {e.fast:.3f} s (all overlap) to {e.slow:.3f} s (nothing does); MFU at best "
+      f"{e.mfu_thinking:.1%} thinking included, {e.mfu_real:.1%} for the real tokens alone"
+    )
+    lines += [f"  assumed: {line}" for line in roofline.ASSUMPTIONS]
+  return "\n".join(lines)
+
+
+def advice(plan: Plan, search: bool, sketch: Callable[[Any], Any], devices: Sequence) -> str:
+  """One line: what does not fit by how much, and what would."""
+  tight = {name: part for name, part in plan.parts.items() if not part.fits}
+  lacks = ", ".join(f"{name} needs {part.peak / GIB:.1f} GiB" for name, part in tight.items())
+  lacks += f" of {plan.chip.usable / GIB:.2f} GiB a device"
+  if "train" not in tight:
+    return f"{lacks}; fewer rows at once do: --rows, evaluation.batch_size"
+  if not search:
+    return f"{lacks}; --fit looks for remat, micro-batches, mesh or batch that fit"
+  for words, config in alternatives(plan.config, plan.devices):
+    built = sketch(config)
+    mesh = make_mesh(config.mesh, devices)
+    found = ahead.compiled(ahead.train(built, mesh), mesh, ahead.LEVELS[:1])
+    if found.fits:
+      return f"{lacks}; {words} does, with {found.peak / GIB:.1f} GiB"
+  return (
+    f"{lacks}; no remat, micro-batches, mesh or batch was found that does: a smaller model or longer thought.stride"
+  )
+
+
+def alternatives(config: Any, devices: int) -> Iterator[tuple[str, Any]]:
+  """(how to say it, config) of what may fit, what costs least first: remat, micro-batches, more fsdp, fewer rows.
+
+  Each keeps the ones before it; the batch is the last thing to change, because it changes what is learned.
+  """
+  change = lambda config, section, **to: dataclasses.replace(
+    config, **{section: dataclasses.replace(getattr(config, section), **to)}
+  )
+  words = []
+  if config.model.remat != "full":
+    config = change(config, "model", remat="full")
+    words.append("model.remat=full")
+    yield words[-1], config
+  while not _faults(more := change(config, "train", accumulation=config.train.accumulation * 2), devices):
+    config = more
+    yield " ".join([*words, f"train.accumulation={config.train.accumulation}"]), config
+  split = config.mesh.data * config.mesh.fsdp
+  if config.mesh.data > 1 and config.mesh.fsdp > 0:
+    wide = change(change(config, "mesh", data=1, fsdp=split), "train", accumulation=1)
+    yield " ".join([*words, f"mesh.data=1 mesh.fsdp={split}"]), wide
+  while not _faults(less := change(config, "train", batch_size=config.train.batch_size // 2, accumulation=1), devices):
+    config = less
+    yield " ".join([*words, f"train.batch_size={config.train.batch_size}"]), config
+
+
+def _faults(config, devices: int) -> list[str]:
+  return device_faults(config.mesh, config.train.batch_size, config.train.accumulation, devices, 1)

@@ -1,0 +1,104 @@
+"""Compiles a run for a TPU pod on this machine's CPU, and says whether it fits and what it would wait for.
+
+  python -m thinking_lm.plan --config=configs/pod/NAME.py[:RECIPE] --topology=v5e:16x16 [--slices=N] [--fit]
+  python -m thinking_lm.plan --budgets=configs/pod/budgets.json        what `make plan` does
+
+The real training step, sampler and evaluation rollout are compiled, with the run's own shardings; no data is read and
+no parameter allocated. Memory is the compiler's own figure, and so are the collectives; FLOPs are the ledger's; seconds
+are a roofline with its assumptions written beneath. Needs libtpu (`make plan` sees to it).
+
+Exit codes: 0 fits (or all budgets hold), 1 does not, 64 wrong command line, 78 wrong config or topology.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from thinking_lm import errors
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config",
+  None,
+  "Config file; --config.key=value changes a key of it.",
+  lock_config=False,
+  accept_new_attributes=True,
+)
+_TOPOLOGY = flags.DEFINE_string("topology", None, "The pod, NAME:AxB[xC]: v5e:16x16, v5p:8x8x8, v6e:16x16, ...")
+_SLICES = flags.DEFINE_integer("slices", 1, "Slices of that shape, joined by the data-centre network.", lower_bound=1)
+_PARTS = flags.DEFINE_list("parts", ["train", "generate", "evaluate"], "What is compiled.")
+_FIT = flags.DEFINE_bool(
+  "fit", False, "If training does not fit, look for remat, micro-batches, mesh or batch that do."
+)
+_ROWS = flags.DEFINE_integer("rows", 0, "generate: prompts; 0: one for each device that splits rows.", lower_bound=0)
+_PROMPT = flags.DEFINE_integer("prompt", 128, "generate: tokens of a prompt.", lower_bound=1)
+_TOKENS = flags.DEFINE_integer("tokens", 128, "generate: tokens that are drawn.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "Also write everything to this file.")
+_BUDGETS = flags.DEFINE_string("budgets", None, "Compile every pod of this file and hold it to its budget.")
+_WRITE = flags.DEFINE_bool("write", False, "With --budgets: write the figures that were found into the file instead.")
+
+
+def main(argv) -> None:
+  """One pod, or all of a budget file."""
+  del argv
+  from thinking_lm.analysis import budgets, chips, pods
+
+  wrong = set(_PARTS.value) - set(pods.PARTS)
+  if wrong:
+    raise errors.UsageError(f"unknown part {min(wrong)!r}; known: {', '.join(pods.PARTS)}")
+  decode = pods.Decode(_ROWS.value, _PROMPT.value, _TOKENS.value)
+  if _BUDGETS.value:
+    sys.exit(_check(pathlib.Path(_BUDGETS.value), decode))
+  if _CONFIG.value is None or not _TOPOLOGY.value:
+    raise errors.UsageError("--config=configs/pod/NAME.py and --topology=v5e:16x16 are needed; see --help")
+  chip, devices = chips.pod(_TOPOLOGY.value, _SLICES.value)
+  plan = pods.plan(_sketch(_CONFIG.value), chip, devices, _SLICES.value, _PARTS.value, decode)
+  print(pods.show(plan, f"{_TOPOLOGY.value} x {_SLICES.value}"))
+  if _JSON.value:
+    pathlib.Path(_JSON.value).write_text(json.dumps(budgets.record(plan), indent=2) + "\n")
+  if all(part.fits for part in plan.parts.values()):
+    return
+  print(f"does not fit: {pods.advice(plan, _FIT.value, _sketch, devices)}", file=sys.stderr)
+  sys.exit(1)
+
+
+def _sketch(values):
+  """The Experiment of a config, or of an ExperimentConfig, without its data and without hooks, which would read it."""
+  from thinking_lm import experiment
+  from thinking_lm.evaluation.hook import EvaluationConfig
+
+  config = values if isinstance(values, experiment.ExperimentConfig) else experiment.parse(values)
+  silent = EvaluationConfig(batch_size=config.evaluation.batch_size)
+  return experiment.sketch(dataclasses.replace(config, evaluation=silent))
+
+
+def _check(path: pathlib.Path, decode) -> int:
+  """Compiles the pods of a budget file. Returns the exit code."""
+  import runpy
+
+  from thinking_lm.analysis import budgets, chips, pods
+
+  entries = json.loads(path.read_text())
+  broken = 0
+  for name, entry in entries.items():
+    file, _, recipe = name.partition(":")
+    values = runpy.run_path(str(path.parent / f"{file}.py"))["get_config"](recipe)
+    slices = entry.get("slices", 1)
+    chip, devices = chips.pod(entry["topology"], slices)
+    plan = pods.plan(_sketch(values), chip, devices, slices, entry["parts"], decode)
+    found = budgets.record(plan)
+    lines = [] if _WRITE.value else budgets.faults(entry["budget"], found)
+    broken += bool(lines)
+    print(f"{name}: {'; '.join(lines) or budgets.brief(found)}", flush=True)
+    if _WRITE.value:
+      entry["budget"] = budgets.budget(found)
+      path.write_text(json.dumps(entries, indent=2) + "\n")
+  return int(broken > 0)
+
+
+if __name__ == "__main__":
+  __doc__ = __doc__.replace("%", "%%")  # What absl prints for --help.
+  errors.run(main)
