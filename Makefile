@@ -10,7 +10,7 @@ PYTEST = NPROC=1 OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-latest lint clean
+.PHONY: help quickstart test test-latest plan lint clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "  %-18s %s\n", $$1, $$2 }'
@@ -24,16 +24,25 @@ test: .venv/.installed  ## run every test
 test-latest: .venv-latest/.installed  ## the same on Python 3.12 with the newest JAX
 	$(PYTEST) .venv-latest/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
+plan: .venv-plan/.installed  ## compile every pod of configs/pod and hold it to its budget; no TPU needed, ARGS=--write sets budgets
+	NPROC=2 JAX_PLATFORMS=cpu .venv-plan/bin/python -m thinking_lm.plan --budgets=configs/pod/budgets.json $(ARGS)
+
 lint: .venv/.installed  ## check style and format
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
 
 clean:  ## remove environments, caches and build products; never runs/
-	rm -rf .venv .venv-latest .jax_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-latest .venv-plan .jax_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.installed: $(LOCKS)
 	@sh requirements/install.sh .venv 3.11 3.99 $(or $(PYTHON),python3.11 python3 python3.12 python3.13 python3.14)
+	@touch $@
+
+# libtpu lives apart: any JAX process that may take it (without JAX_PLATFORMS=cpu) would hold it for its whole life.
+.venv-plan/.installed: $(LOCKS) requirements/lock-plan-py311.txt
+	@sh requirements/install.sh .venv-plan 3.11 3.11 $(or $(PYTHON),python3.11 python3)
+	.venv-plan/bin/python -m pip install -q --disable-pip-version-check -r requirements/lock-plan-py311.txt
 	@touch $@
 
 .venv-latest/.installed: $(LOCKS)

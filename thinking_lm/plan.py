@@ -90,10 +90,10 @@ def _check(path: pathlib.Path, decode) -> int:
     chip, devices = chips.pod(entry["topology"], slices)
     plan = pods.plan(_sketch(values), chip, devices, slices, entry["parts"], decode)
     found = budgets.record(plan)
-    lines = [] if _WRITE.value else budgets.faults(entry["budget"], found)
+    lines = [] if _WRITE.value else budgets.faults(entry.get("budget", {}), found)
     broken += bool(lines)
     print(f"{name}: {'; '.join(lines) or budgets.brief(found)}", flush=True)
-    if _WRITE.value:
+    if _WRITE.value and all(part.fits for part in plan.parts.values()):
       entry["budget"] = budgets.budget(found)
       path.write_text(json.dumps(entries, indent=2) + "\n")
   return int(broken > 0)

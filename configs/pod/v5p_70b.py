@@ -2,18 +2,19 @@
 
 Purpose: the largest model that fits a thought beside its optimizer.
 Plan: python -m thinking_lm.plan --config=configs/pod/v5p_70b.py:RECIPE --topology=v5p:8x8x16
-Command, on every host: python -m thinking_lm.train --config=configs/pod/v5p_70b.py:RECIPE --workdir=gs://BUCKET/RUN \
-  --config.data.input=gs://BUCKET/corpus --config.data.tokenizer=sentencepiece:PATH
+Command, on every host: python -m thinking_lm.train --config=configs/pod/v5p_70b.py:RECIPE --workdir=gs://B/RUN \
+  --config.data.input=gs://B/corpus --config.data.tokenizer=sentencepiece:PATH
 Recipes: none, latent (persistent, n = 4), hybrid (private, n = 16, G = 4).
 Measured: never trained; compiled only, see budgets.json (`make plan`).
 Thoughts stand after every 64th token: a serial thought reads all weights once for each of its tokens, so that
-closer ones leave the chips waiting for memory.
+closer ones leave the chips waiting for memory. For the same reason latent splits the weights over `tensor` before
+`fsdp`: what is split over fsdp is gathered again for each of a serial thought's tokens.
 """
 
 from thinking_lm import experiment, recipes
 
 THOUGHTS = dict(
-  latent={"thought.length": 4},
+  latent={"thought.length": 4, "mesh.fsdp": 128, "mesh.tensor": 8},
   hybrid={"thought.length": 16, "thought.topology": "private", "thought.lookahead": 4},
 )
 

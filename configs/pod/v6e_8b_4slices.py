@@ -2,18 +2,19 @@
 
 Purpose: the same model where copies of the parameters meet over the data-centre network.
 Plan: python -m thinking_lm.plan --config=configs/pod/v6e_8b_4slices.py:RECIPE --topology=v6e:16x16 --slices=4
-Command, on every host: python -m thinking_lm.train --config=configs/pod/v6e_8b_4slices.py:RECIPE --workdir=gs://BUCKET/RUN \
-  --config.data.input=gs://BUCKET/corpus --config.data.tokenizer=sentencepiece:PATH
+Command, on every host: python -m thinking_lm.train --config=configs/pod/v6e_8b_4slices.py:RECIPE --workdir=gs://B/RUN \
+  --config.data.input=gs://B/corpus --config.data.tokenizer=sentencepiece:PATH
 Recipes: none, latent (persistent, n = 4), hybrid (private, n = 16, G = 4).
 Measured: never trained; compiled only, see budgets.json (`make plan`).
 Thoughts stand after every 64th token: a serial thought reads all weights once for each of its tokens, so that
-closer ones leave the chips waiting for memory.
+closer ones leave the chips waiting for memory. For the same reason latent splits the weights over `tensor` before
+`fsdp`: what is split over fsdp is gathered again for each of a serial thought's tokens.
 """
 
 from thinking_lm import experiment, recipes
 
 THOUGHTS = dict(
-  latent={"thought.length": 4},
+  latent={"thought.length": 4, "mesh.fsdp": 32, "mesh.tensor": 8},
   hybrid={"thought.length": 16, "thought.topology": "private", "thought.lookahead": 4},
 )
 

@@ -43,13 +43,15 @@ def budget(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def faults(kept: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-  """Lines about everything that is above its budget, or that no longer fits."""
+  """Lines about everything that is above its budget, or that does not fit; a part without a budget need only fit."""
   lines = []
   for name, now in budget(found).items():
     if not found["parts"][name]["fits"]:
       lines.append(f"{name} does not fit: {now['peak_gib']} GiB")
       continue
-    before = kept[name]
+    before = kept.get(name)
+    if before is None:
+      continue
     if now["peak_gib"] > SLACK * before["peak_gib"]:
       lines.append(f"{name} peak {now['peak_gib']} GiB is above {before['peak_gib']}")
     for kind, each in now["collectives"].items():

@@ -1,0 +1,55 @@
+"""The plan command with libtpu, on the smallest pod there is; without it, what the command says."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from thinking_lm import errors
+from thinking_lm.analysis import chips
+
+ROOT = pathlib.Path(__file__).parents[1]
+HAVE = importlib.util.find_spec("libtpu") is not None
+SMALL = ["--config.model.layers=2", "--config.model.width=256", "--config.model.mlp_width=512", "--config.mesh.fsdp=4"]
+
+
+def run(*arguments):
+  env = os.environ | dict(JAX_PLATFORMS="cpu", XLA_FLAGS="")
+  command = [sys.executable, "-m", "thinking_lm.plan", *arguments]
+  return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=600)
+
+
+@pytest.mark.skipif(not HAVE, reason="needs libtpu, the TPU compiler: run `make plan`'s environment")
+def test_a_small_pod_is_planned_and_a_batch_that_does_not_fit_is_told(tmp_path):
+  file = tmp_path / "plan.json"
+  small = ["--config=configs/pod/v5e_1b.py:none", "--topology=v5e:2x2", "--parts=train", *SMALL]
+  done = run(*small, "--config.train.batch_size=4", f"--json={file}")
+  assert done.returncode == 0, done.stderr
+  found = json.loads(file.read_text())
+  assert found["parts"]["train"]["fits"] and found["parts"]["train"]["collectives"]["all-gather"]["gib"] > 0
+  large = run(*small, "--config.train.batch_size=4096", "--config.model.remat=none")
+  assert large.returncode == 1 and "train needs" in large.stderr and large.stderr.count("\n") == 1
+
+
+def test_a_topology_that_no_pod_has_is_told_in_one_line():
+  for name in ("v5p-1024", "v5e:16", "h100:8x8", "v9:2x2"):
+    with pytest.raises(errors.ConfigError, match="v5e:16x16"):
+      chips.pod(name)
+  done = run("--config=configs/pod/v5e_1b.py")
+  assert done.returncode == 64 and "--topology" in done.stderr
+
+
+@pytest.mark.skipif(HAVE, reason="libtpu is installed")
+def test_without_libtpu_the_command_says_where_it_is_to_be_had():
+  with pytest.raises(errors.ConfigError, match="make plan"):
+    chips.pod("v5e:2x2")
+
+
+def test_the_budget_file_names_every_pod_and_recipe():
+  entries = json.loads((ROOT / "configs/pod/budgets.json").read_text())
+  files = sorted(path.stem for path in (ROOT / "configs/pod").glob("*.py"))
+  assert sorted(entries) == sorted(f"{file}:{recipe}" for file in files for recipe in ("none", "latent", "hybrid"))
