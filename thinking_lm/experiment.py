@@ -156,10 +156,12 @@ class Experiment:
     """What `training.loop.train` trains.
 
     Args:
-      mesh: of devices that are not here, for a plan. None: the config's; raises ConfigError if it does not fit.
+      mesh: of devices that are not here, for a plan: nothing is hooked on, since hooks look at data. None: the
+        config's; raises ConfigError if it does not fit.
     """
     c = self.config
     put = functools.partial(global_batch, mesh or make_mesh(c.mesh))
+    looks = lambda: hooks(c.evaluation, self, random_key(c.train.seed, "evaluate"), put) + self._examinations(put)
     return Run(
       init_fn=self.init,
       axes=self.axes,
@@ -171,7 +173,7 @@ class Experiment:
       mesh=c.mesh,
       resolved_config=config_lib.to_config_dict(c).to_dict(),
       record=dict(tokenizer=self.data.tokenizer.digest),
-      hooks=hooks(c.evaluation, self, random_key(c.train.seed, "evaluate"), put) + self._examinations(put),
+      hooks=() if mesh else looks(),
       watch=self._watch(),
     )
 

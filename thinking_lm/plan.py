@@ -10,7 +10,6 @@ are a roofline with its assumptions written beneath. Needs libtpu (`make plan` s
 Exit codes: 0 fits (or all budgets hold), 1 does not, 64 wrong command line, 78 wrong config or topology.
 """
 
-import dataclasses
 import json
 import pathlib
 import sys
@@ -66,13 +65,10 @@ def main(argv) -> None:
 
 
 def _sketch(values):
-  """The Experiment of a config, or of an ExperimentConfig, without its data and without hooks, which would read it."""
+  """The Experiment of a config, or of an ExperimentConfig, without its data."""
   from thinking_lm import experiment
-  from thinking_lm.evaluation.hook import EvaluationConfig
 
-  config = values if isinstance(values, experiment.ExperimentConfig) else experiment.parse(values)
-  silent = EvaluationConfig(batch_size=config.evaluation.batch_size)
-  return experiment.sketch(dataclasses.replace(config, evaluation=silent))
+  return experiment.sketch(values if isinstance(values, experiment.ExperimentConfig) else experiment.parse(values))
 
 
 def _check(path: pathlib.Path, decode) -> int:
