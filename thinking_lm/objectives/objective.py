@@ -156,6 +156,7 @@ def describe(trace: Trace) -> dict[str, Mean]:
   thoughts_dropped those that found no room in it (there only if a row can have more thoughts than thought.room).
   mix_weight: of the prediction after a thought; mix_weight_0of5 ... 4of5: its histogram, the share in each fifth of
   [0, 1].
+  effective_samples: of a group, 1 / sum_g w_g^2 with w = softmax_g log p(y | x, z_g), the weights of bound M.
   """
   trace = jax.lax.stop_gradient(trace)
   valid_BGN = jnp.broadcast_to(trace.valid_BN[:, None], trace.used_BGN.shape)
@@ -172,6 +173,9 @@ def describe(trace: Trace) -> dict[str, Mean]:
       think_entropy=Mean.of(trace.entropy_BGN, valid_BGN),
       thoughts=Mean(trace.valid_BN.sum().astype(jnp.float32), rows),
     )
+    if valid_BGN.shape[1] > 1:
+      weight_BGN = jax.nn.softmax(trace.outcome_BGN, axis=1)
+      found["effective_samples"] = Mean.of(1 / jnp.sum(weight_BGN**2, axis=1), trace.valid_BN)
   if trace.mix_BGN is not None:
     found["mix_weight"] = Mean.of(trace.mix_BGN, valid_BGN)
     for low in range(MIX_BINS):

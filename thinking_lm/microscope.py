@@ -1,0 +1,191 @@
+"""How biased and how noisy are the gradients of a model's thoughts? Every estimator on the same rows and parameters.
+
+  python -m thinking_lm.microscope --workdir=DIR                        a trained run
+  python -m thinking_lm.microscope --config=configs/NAME.py:RECIPE      its parameters before training
+  python -m thinking_lm.microscope --toy=bias|bottleneck|transformer    the published toys, by this project's objectives
+
+Each estimator draws --estimates gradients for the same --rows rows of the training split, with --samples thoughts each,
+and is compared with grad J, M and P: exact where every thought can be enumerated (vocabulary^length up to 4096; for
+persistent thoughts also to the power of the anchors of a row), else the mean of many gradients of an estimator with
+--reference_samples thoughts, whose standard error is printed, and whose grad M still has the bias of that many samples.
+Where a thought goes, what sees it, its length and its temperature are the run's. Prints tables, and writes JSON and (if
+matplotlib is there) a plot to DIR/microscope/ or to --output.
+
+Exit codes: 0 done, 64 wrong command line, 65 damaged data or checkpoints, 73 the result cannot be written, 78 wrong
+config.
+"""
+
+import dataclasses
+import importlib.util
+import pathlib
+import sys
+import time
+
+from absl import flags
+from ml_collections import config_flags
+
+from thinking_lm import errors
+from thinking_lm.errors import ConfigError, UsageError, WorkdirError
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Config file; --config.key=value changes a key.", lock_config=False, accept_new_attributes=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a trained run; gs:// paths also work.")
+_TOY = flags.DEFINE_enum("toy", None, ["bias", "bottleneck", "transformer"], "A toy instead of a run or a config.")
+_ESTIMATORS = flags.DEFINE_list("estimators", None, "Lines of the tables; default: all.")
+_ROWS = flags.DEFINE_integer("rows", 4, "Rows of the batch.", lower_bound=1)
+_SAMPLES = flags.DEFINE_integer("samples", 4, "G, thoughts of each anchor in an estimate.", lower_bound=1)
+_ESTIMATES = flags.DEFINE_integer("estimates", 64, "Estimates of each estimator.", lower_bound=16)
+_REFERENCE = flags.DEFINE_integer("reference_samples", 32, "G of references that are not exact.", lower_bound=2)
+_SEED = flags.DEFINE_integer("seed", 0, "Of everything that is drawn.", lower_bound=0, upper_bound=2**32 - 1)
+_AVERAGED = flags.DEFINE_bool("averaged", False, "The moving average of the parameters (runs with optimizer.ema).")
+_OUTPUT = flags.DEFINE_string("output", None, "Directory of the result; default: DIR/microscope.")
+_PLOT = flags.DEFINE_bool("plot", None, "Also draw microscope.png; default: if matplotlib is installed.")
+
+
+def _subject():
+  """(Experiment, parameters, step) of the command line."""
+  from thinking_lm import experiment
+  from thinking_lm.training import state
+
+  if bool(_WORKDIR.value) == (_CONFIG.value is not None):
+    raise UsageError("one of --workdir=DIR, --config=FILE and --toy=NAME is needed; see --help")
+  if _WORKDIR.value:
+    return experiment.load(_WORKDIR.value, _AVERAGED.value)
+  built = experiment.build(experiment.parse(_CONFIG.value))
+  return built, built.init(state.key(built.config.train.seed, "init")), 0
+
+
+def _estimator(subject, changes, samples: int, step: int, rows: int):
+  """The microscope's Estimator of some settings over a run. Raises ConfigError with why it cannot be."""
+  from thinking_lm import config as config_lib
+  from thinking_lm import experiment, rules
+  from thinking_lm.analysis import estimators, flops, microscope
+  from thinking_lm.types import Carried
+
+  values = config_lib.to_config_dict(subject.config)
+  values.update_from_flattened_dict(estimators.settings(changes, subject.config.thought, samples))
+  config = experiment.parse(values)
+  faults = rules.size_faults(config.objective, config.thought, subject.data)
+  if faults:
+    raise ConfigError(faults)
+  loss_fn = dataclasses.replace(subject, config=config).loss_fn
+  cost = flops.training_flops(config, subject.data.vocabulary.size, subject.data.sequence_length)
+  return microscope.Estimator(
+    lambda params, batch, key: loss_fn(params, batch, key, Carried(step=step)),
+    cost / config.train.batch_size * rows,
+    draws=not config.objective.exact,
+  )
+
+
+def _references(subject, params, batch, step: int, key, progress):
+  """bound -> Reference: exact where possible, else of many samples; with why, where a bound cannot be had at all."""
+  from thinking_lm.analysis import estimators, microscope
+
+  found, refused = {}, {}
+  for bound, exact in estimators.REFERENCES.items():
+    progress(f"grad {bound}", len(found) + len(refused), len(estimators.REFERENCES))
+    try:
+      try:
+        one = _estimator(subject, exact, 1, step, _ROWS.value)
+      except ConfigError as error:
+        G, changes = _REFERENCE.value, estimators.SAMPLED_REFERENCES[bound]
+        one = _estimator(subject, changes, G, step, _ROWS.value)
+        how = f"mean of {_ESTIMATES.value} estimates with G = {G} ({error})"
+        found[bound] = microscope.averaged(microscope.moments(one, params, batch, key, _ESTIMATES.value), how)
+      else:
+        found[bound] = microscope.exact(microscope.moments(one, params, batch, key, 1), "exact, by enumeration")
+    except ConfigError as error:
+      refused[f"grad {bound}"] = str(error)
+  return found, refused
+
+
+def _progress(name: str, done: int, total: int) -> None:
+  if name:
+    print(f"microscope: {done + 1}/{total} {name}", file=sys.stderr, flush=True)
+
+
+def measure(subject, params, step: int, names) -> dict:
+  """Everything that is printed and written, as JSON values."""
+  import jax
+  import jax.numpy as jnp
+
+  from thinking_lm.analysis import estimators, microscope
+  from thinking_lm.training import state
+
+  if not subject.config.thought.length:
+    raise ConfigError("there are no thoughts: thought.length is 0")
+  batch = jax.tree.map(jnp.asarray, next(subject.data.batches("train", global_batch=_ROWS.value)))
+  key = state.key(_SEED.value, "evaluate")
+  references, refused = _references(subject, params, batch, step, jax.random.fold_in(key, 0), _progress)
+  chosen = {}
+  for name in names:
+    try:
+      chosen[name] = _estimator(subject, estimators.ESTIMATORS[name], _SAMPLES.value, step, _ROWS.value)
+    except ConfigError as error:
+      refused[name] = "; ".join(error.faults)
+  result = microscope.examine(
+    chosen, references, params, batch, jax.random.fold_in(key, 1), _ESTIMATES.value, _progress
+  )
+  settings = dict(rows=_ROWS.value, samples=_SAMPLES.value, estimates=_ESTIMATES.value, seed=_SEED.value)
+  thought = dataclasses.asdict(subject.config.thought)
+  return dict(
+    settings | dict(step=step, thought=thought, refused=refused),
+    references=microscope.describe(references),
+    estimators=result,
+  )
+
+
+def _write(found: dict) -> None:
+  """JSON, and a plot if there can or must be one. Raises WorkdirError, ConfigError."""
+  from thinking_lm.analysis import microscope_report
+  from thinking_lm.training import storage, workdir
+
+  place = _OUTPUT.value or (f"{_WORKDIR.value}/microscope" if _WORKDIR.value else None)
+  if not place:
+    print("\nnothing written: --output=DIR names a place")
+    return
+  folder = workdir.resolve(place)
+  file = folder / f"microscope-{found['step']}.json"
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    storage.write_atomic(file, storage.canonical(found | dict(code=workdir.code_version()), indent=2) + "\n")
+  except OSError as error:
+    raise WorkdirError(f"cannot write {file}: {error}") from error
+  print(f"\nwritten: {file}")
+  if _PLOT.value or (_PLOT.value is None and importlib.util.find_spec("matplotlib")):
+    image = file.with_suffix(".png")
+    microscope_report.plot(found, pathlib.Path(image))
+    print(f"written: {image}")
+  elif _PLOT.value is None:
+    print("no plot: matplotlib is not installed (pip install 'thinking_lm[report]')")
+
+
+def main(argv) -> None:
+  """Measures, prints and writes."""
+  del argv
+  from thinking_lm.analysis import estimators, microscope_report
+  from thinking_lm.config import pick
+
+  if _TOY.value:
+    from thinking_lm.analysis import toys
+
+    print(pick(toys.TOYS, _TOY.value, "toy")())
+    return
+  names = _ESTIMATORS.value or list(estimators.ESTIMATORS)
+  for name in names:
+    if name not in estimators.ESTIMATORS:
+      raise UsageError(f"unknown estimator {name!r}; known: {', '.join(estimators.ESTIMATORS)}")
+  began = time.monotonic()
+  subject, params, step = _subject()
+  found = measure(subject, params, step, names)
+  thought = subject.config.thought
+  what = f"{thought.length} think tokens, {thought.topology}, {thought.placement}"
+  print(f"step {step}; thoughts: {what}; {_ROWS.value} rows, G = {_SAMPLES.value}, {_ESTIMATES.value} estimates each")
+  print(f"{time.monotonic() - began:.0f} s\n\n{microscope_report.table(found)}")
+  _write(found)
+
+
+if __name__ == "__main__":
+  __doc__ = __doc__.replace("%", "%%")  # What absl prints for --help.
+  errors.run(main)
