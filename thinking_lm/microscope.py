@@ -46,13 +46,16 @@ _PLOT = flags.DEFINE_bool("plot", None, "Also draw microscope.png; default: if m
 def _subject():
   """(Experiment, parameters, step) of the command line."""
   from thinking_lm import experiment
+  from thinking_lm.analysis import toys
   from thinking_lm.training import state
 
-  if bool(_WORKDIR.value) == (_CONFIG.value is not None):
-    raise UsageError("one of --workdir=DIR, --config=FILE and --toy=NAME is needed; see --help")
   if _WORKDIR.value:
     return experiment.load(_WORKDIR.value, _AVERAGED.value)
-  built = experiment.build(experiment.parse(_CONFIG.value))
+  values = _CONFIG.value
+  if _TOY.value:
+    values = experiment.default_config()
+    values.update_from_flattened_dict(toys.TRANSFORMER)
+  built = experiment.build(experiment.parse(values))
   return built, built.init(state.key(built.config.train.seed, "init")), 0
 
 
@@ -164,13 +167,12 @@ def _write(found: dict) -> None:
 def main(argv) -> None:
   """Measures, prints and writes."""
   del argv
-  from thinking_lm.analysis import estimators, microscope_report
-  from thinking_lm.config import pick
+  from thinking_lm.analysis import estimators, microscope_report, toys
 
-  if _TOY.value:
-    from thinking_lm.analysis import toys
-
-    print(pick(toys.TOYS, _TOY.value, "toy")())
+  if [bool(_WORKDIR.value), _CONFIG.value is not None, bool(_TOY.value)].count(True) != 1:
+    raise UsageError("one of --workdir=DIR, --config=FILE and --toy=NAME is needed; see --help")
+  if _TOY.value in toys.TOYS:
+    print(toys.TOYS[_TOY.value]())
     return
   names = _ESTIMATORS.value or list(estimators.ESTIMATORS)
   for name in names:

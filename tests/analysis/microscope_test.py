@@ -1,0 +1,130 @@
+"""The microscope on estimators whose bias and noise are known, and its command on a tiny model."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from thinking_lm.analysis import estimators, microscope
+from thinking_lm.analysis.microscope import Estimator
+from thinking_lm.metrics import Mean
+from thinking_lm.thoughts.spec import ThoughtConfig
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+WANTED = dict(embedding=np.full((4, 8), 0.5), layers=dict(query=np.arange(16.0).reshape(4, 4) / 4, up=np.ones(3)))
+COUNT = 4.0
+
+
+def known(bias: float, noise: float, draws=True) -> Estimator:
+  """Gradients WANTED + bias in every entry of `query` + noise in every entry of `embedding`."""
+
+  def loss(params, batch, key):
+    del batch
+    embedding = WANTED["embedding"] + noise * jax.random.normal(key, (4, 8))
+    query = WANTED["layers"]["query"] + bias
+    layers = params["layers"]
+    value = (params["embedding"] * embedding).sum() + (layers["query"] * query).sum() + layers["up"].sum()
+    return -COUNT * value, dict(loss=Mean(-COUNT * value, jnp.float32(COUNT)), flat_groups=Mean.of(jnp.ones(2), 0.5))
+
+  return Estimator(loss, flops=2e9, draws=draws)
+
+
+PARAMS = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), WANTED)
+NORM = np.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(WANTED)))
+
+
+@pytest.fixture(scope="module")
+def reference():
+  found = microscope.moments(known(0.0, 0.0, draws=False), PARAMS, None, jax.random.key(0), 999)
+  assert found.count == 1
+  return microscope.exact(found, "by hand")
+
+
+def numbers(bias, noise, reference, replicates=400):
+  found = microscope.moments(known(bias, noise), PARAMS, None, jax.random.key(1), replicates)
+  return found, microscope.compare(found, reference, 2e9)
+
+
+def test_bias_and_noise_are_found_apart(reference):
+  found, parts = numbers(0.3, 2.0, reference)
+  assert found.count == 400 and found.told["flat_groups"] == pytest.approx(1.0)
+  everything = parts["all"]
+  bias, std = 0.3 * 4 / NORM, 2.0 * 32**0.5 / NORM
+  assert everything["bias"] == pytest.approx(bias, rel=0.15) and bias < everything["bias_below"] < 2 * bias
+  assert everything["std"] == pytest.approx(std, rel=0.05)
+  assert everything["error"] == pytest.approx((bias**2 + std**2) ** 0.5, rel=0.05)
+  biased = np.ravel(WANTED["layers"]["query"]) + 0.3
+  query = np.ravel(WANTED["layers"]["query"])
+  assert parts["attention"]["cosine"] == pytest.approx(
+    biased @ query / np.linalg.norm(biased) / np.linalg.norm(query), rel=1e-5
+  )
+  assert parts["attention"]["std"] == parts["mlp"]["std"] == 0 and parts["mlp"]["signal"] is None
+  assert parts["embedding"]["bias"] < 0.1 and parts["embedding"]["std"] == pytest.approx(4.0, rel=0.05)
+  signal = ((0.5**2 * 32) ** 0.5 / (2 * 32**0.5)) ** 2
+  assert parts["embedding"]["signal"] == pytest.approx(signal, rel=0.3)
+  assert parts["embedding"]["signal_per_gflop"] == parts["embedding"]["signal"] / 2
+
+
+def test_noise_alone_is_no_bias(reference):
+  _, parts = numbers(0.0, 2.0, reference)
+  plain = 2.0 * 32**0.5 / NORM / 400**0.5  # what the mean of 400 estimates is off by
+  assert parts["all"]["bias"] < 0.8 * plain
+  assert parts["all"]["cosine"] > 0.99
+
+
+def test_a_reference_that_was_drawn_has_an_error_that_is_no_bias(reference):
+  drawn = microscope.averaged(microscope.moments(known(0.0, 2.0), PARAMS, None, jax.random.key(5), 80), "80 draws")
+  blur = microscope.describe(dict(J=drawn))["J"]["standard_error"]
+  assert blur == pytest.approx(2.0 * 32**0.5 / 80**0.5, rel=0.3)
+  exactly = microscope.moments(known(0.0, 0.0, draws=False), PARAMS, None, jax.random.key(0), 1)
+  found = microscope.compare(exactly, drawn, 1.0)["all"]
+  assert found["bias"] < blur / NORM < found["bias_below"]
+
+
+def test_parts_are_told_by_the_names_of_parameters():
+  from thinking_lm.model.decoder import Model, ModelConfig
+
+  shapes = Model(ModelConfig(layers=1, width=8, heads=2, qk_norm=True, tie_embeddings=False), 5).shapes
+  parts = {microscope.part_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)}
+  assert parts == set(microscope.PARTS)
+
+
+def test_an_estimator_changes_the_gradient_and_not_the_thought():
+  thought = ThoughtConfig(kind="latent", length=3, placement="stride", stride=4, lookahead=1)
+  for name, changes in estimators.ESTIMATORS.items():
+    found = estimators.settings(changes, thought, 4)
+    assert not {"thought.length", "thought.placement", "thought.stride", "thought.topology"} & set(found), name
+    assert found["thought.lookahead"] == 0 and found["thought.samples"] == (1 if name == "exact" else 4)
+
+
+def command(*flags):
+  """(exit code, stdout, stderr) of thinking_lm.microscope in a process of its own."""
+  environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+  line = [sys.executable, "-m", "thinking_lm.microscope", *flags]
+  done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
+  return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command_measures_a_real_decoder(tmp_path):
+  flags = ["--toy=transformer", "--rows=1", "--estimates=64", "--estimators=hybrid,nll_only,rebar", "--plot=false"]
+  code, out, said = command(*flags, f"--output={tmp_path}")
+  assert code == 0, said
+  assert "against g = grad M, exact, by enumeration" in out and "left out rebar: " in out and "got length 2" in out
+  assert "microscope: 2/2 nll_only" in said
+  found = json.loads((tmp_path / "microscope-0.json").read_text())
+  against_J = {name: one["against"]["J"]["all"] for name, one in found["estimators"].items()}
+  assert set(against_J) == {"hybrid", "nll_only"} and against_J["hybrid"]["std"] > 0
+  assert against_J["nll_only"]["bias"] > 2 * against_J["hybrid"]["bias"]
+  assert found["estimators"]["hybrid"]["flops"] > found["estimators"]["nll_only"]["flops"] / 2 > 0
+  assert 1 <= found["estimators"]["hybrid"]["effective_samples"] <= 4
+
+
+def test_what_is_wrong_is_said_in_one_line():
+  code, _, said = command("--toy=transformer", "--workdir=x")
+  assert code == 64 and "one of --workdir=DIR, --config=FILE and --toy=NAME is needed" in said
