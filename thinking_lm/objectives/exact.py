@@ -24,9 +24,9 @@ def log_weight(trace: Trace):
 def marginal(trace: Trace) -> Trace:
   """The expectation of a trace whose samples are all thoughts, as a trace with G = 1.
 
-  logp, hit, ahead_logp, entropy, used and outcome_hit are means under the policy (so that the last four need not be
-  whole numbers). outcome is log E p(y | x, z), the log-marginal of all that a thought can change: bound M is a sum of
-  these, bound P of their exponentials, and bound J is the sum of the mean log-probabilities.
+  logp, hit, ahead_logp, entropy, used, mix and outcome_hit are means under the policy (so that hit, used and
+  outcome_hit need not be whole numbers). outcome is log E p(y | x, z), the log-marginal of all that a thought can
+  change: bound M is a sum of these, bound P of their exponentials, and J the sum of the mean log-probabilities.
   """
   if not trace.valid_BN.shape[1]:
     return trace
@@ -47,4 +47,5 @@ def marginal(trace: Trace) -> Trace:
     used_BGN=mean(weight_BGN, trace.used_BGN),
     thoughts=jax.tree.map(lambda a: a[:, :1], trace.thoughts),
     outcome_hit_BGN=mean(weight_BGN, trace.outcome_hit_BGN),
+    mix_BGN=None if trace.mix_BGN is None else mean(weight_BGN, trace.mix_BGN),
   )
