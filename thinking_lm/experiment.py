@@ -272,7 +272,7 @@ def build(config: ExperimentConfig, rows: bool = True) -> Experiment:
 
 def _wired(config: ExperimentConfig, data: pipeline.Data) -> Experiment:
   heads = rules.heads(config.thought, config.objective)
-  return Experiment(config, data, Model(config.model, data.vocabulary.size, heads))
+  return Experiment(config, data, Model(config.model, data.vocabulary.size, heads, config.thought.confidences))
 
 
 def sketch(config: ExperimentConfig) -> Experiment:

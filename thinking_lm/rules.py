@@ -75,6 +75,16 @@ def answer_faults(thought: ThoughtConfig, asks: bool) -> list[str]:
   return []
 
 
+def report_faults(goal: ObjectiveConfig, thought: ThoughtConfig) -> list[str]:
+  """What pay for a spoken distribution asks for."""
+  if goal.calibration_weight and not goal.score_weight:
+    return ["objective.calibration_weight is paid by the policy gradient, whose objective.score_weight is 0"]
+  if not goal.score_weight or thought.confidences:
+    return []
+  asks = dict(reward=REWARDS[goal.reward].report and goal.reward, calibration_weight=goal.calibration_weight)
+  return [f"objective.{name} {value!r} needs thought.report above 0" for name, value in asks.items() if value]
+
+
 def objective_faults(goal: ObjectiveConfig, thought: ThoughtConfig) -> list[str]:
   """What an objective asks of the thoughts."""
   found, needs = [], ADVANTAGES[goal.advantage].needs
@@ -108,6 +118,7 @@ def objective_faults(goal: ObjectiveConfig, thought: ThoughtConfig) -> list[str]
       )
     if goal.price and not goal.score_weight:
       found.append("objective.price is paid by the policy gradient, whose objective.score_weight is 0")
+  found += report_faults(goal, thought)
   if thought.topology != "private":
     absent = "needs thought.topology 'private': with 'persistent' there is no pass without thoughts"
     if goal.base_weight:

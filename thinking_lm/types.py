@@ -6,6 +6,7 @@ Axis letters (a name ends in its axes: `logp_BGT`):
   S slots of the interleaved stream (real and think)          V vocabulary         D model width
   H query heads                K key-value heads              E width of a head    F width of the MLP    L layers
   Q queries of one call        C real tokens of a block       R blocks of a row    P streams of one call (own keys each)
+  I pairs of a report          Z classes of a reported distribution: the named tokens, then all others together
 
 Terms:
   anchor      a real token after which the model thinks, before it predicts that token's target
@@ -20,6 +21,7 @@ Terms:
   exit        a length at which a thought can end; K of them, where a head learns which one
   outcome     log p(y | x, z): the summed log-probability of the look-ahead targets of one thought
   unit        what a joint bound (M, P) is over: the outcome of a private thought, or of all of a document's thoughts
+  report      what a thought says its prediction is: pairs of a candidate token and a confidence, drawn as it is
   advantage   the reward of a thought minus its baseline; it multiplies grad log pi(z | x)
 
 Units: nats for log-probabilities, bits per byte where said, FLOPs (a multiply-add is two), seconds.
@@ -123,6 +125,24 @@ class Thoughts:
 
 
 @struct.dataclass
+class Report:
+  """What thoughts say of the target of their anchor, as it was said: `objectives.scores` makes a distribution of it.
+
+  candidates_BGNI: int32 real tokens that are named, in order. confidences_BGNI: float32 in [0, 1].
+  actual_BGNI: the probability that the model itself gives each candidate after the thought, without gradient.
+  target_BN: int32 what came. weight_BN: the weight of that target, 0 where the anchor is invalid.
+  vocabulary: number of real tokens (static).
+  """
+
+  candidates_BGNI: jax.Array
+  confidences_BGNI: jax.Array
+  actual_BGNI: jax.Array
+  target_BN: jax.Array
+  weight_BN: jax.Array
+  vocabulary: int = struct.field(pytree_node=False)
+
+
+@struct.dataclass
 class Trace:
   """What a rollout leaves for an objective. Log-probabilities are in nats and differentiable.
 
@@ -154,6 +174,9 @@ class Trace:
     the K exits, the outcome there, and its think tokens; None otherwise. logp_BGT, hit_BGT and used_BGN are then those
     of the one exit that decoding takes, policy_logp_BGN is that of all n think tokens.
   mix_BGN: weight in [0, 1] of the prediction after the thought, at its anchor; None where nothing is mixed.
+  top_logp_BGT: log-probability of the most likely real token at each target.
+  report: what the thoughts report, for thoughts that do; else None. score_BGN: how good that was, once it is
+    judged, times the weight of the target.
   """
 
   logp_BGT: jax.Array
@@ -179,3 +202,6 @@ class Trace:
   exit_length_K: jax.Array | None = None
   mix_BGN: jax.Array | None = None
   dropped_B: jax.Array | None = None
+  top_logp_BGT: jax.Array | None = None
+  report: Report | None = None
+  score_BGN: jax.Array | None = None

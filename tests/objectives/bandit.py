@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from thinking_lm.types import Thoughts, Trace
+from thinking_lm.types import Report, Thoughts, Trace
 
 C, Z, M, Y = 4, 6, 2, 3
 TARGETS_CM = np.random.default_rng(0).integers(0, Y, (C, M))
@@ -69,6 +69,21 @@ def trace(params, rows) -> Trace:
     free_BT=jnp.zeros((B, 1)),
     base_outcome_BN=base_BM.sum(axis=1, keepdims=True),
     outcome_hit_BGN=hit_BGM.all(axis=2)[:, :, None],
+    report=report(rows),
+  )
+
+
+def report(rows) -> Report:
+  """Thought z names tokens z % 3 and 2 of a vocabulary of 5, at confidences z / 5 and 0.3."""
+  z_BG1 = rows[:, 1:, None]
+  pair = lambda a, b: jnp.asarray(np.stack([a, np.broadcast_to(b, a.shape)], axis=-1))
+  return Report(
+    candidates_BGNI=pair(z_BG1 % 3, 2),
+    confidences_BGNI=pair(z_BG1 / 5, 0.3),
+    actual_BGNI=jnp.full((*z_BG1.shape, 2), 0.2),
+    target_BN=jnp.asarray(TARGETS_CM[rows[:, 0], :1]),
+    weight_BN=jnp.asarray(0.5 + rows[:, :1]),
+    vocabulary=5,
   )
 
 

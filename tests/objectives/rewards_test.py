@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from tests.objectives import bandit, tiny
+from thinking_lm.objectives.objective import ObjectiveConfig
 from thinking_lm.objectives.rewards import REWARDS, paid
 
 
@@ -20,12 +21,28 @@ def by_hand(name, trace, b, g):
   if name == "exact_match":
     params, c, z = bandit.parameters(), *bandit.groups(2)[b, [0, 1 + g]]
     return all(np.argmax(params["reader_CZMY"][c, z, m]) == bandit.TARGETS_CM[c, m] for m in range(bandit.M))
+  if name == "proper_score":
+    return by_hand_brier(*bandit.groups(2)[b, [0, 1 + g]])
   return dict(log_prob=sum(logs), info_gain=sum(logs) - trace.base_outcome_BN[b, 0], prob=np.prod(np.exp(logs)))[name]
+
+
+def by_hand_brier(c, z):
+  """Weight of the target times the Brier score of what bandit.report says."""
+  said = {z % 3: z / 5} | {2: 0.3}
+  scale = max(sum(said.values()), 1)
+  other = (1 - sum(said.values()) / scale) / (5 - len(said))
+  target = bandit.TARGETS_CM[c, 0]
+  squares = [(said.get(v, other * scale) / scale - (v == target)) ** 2 for v in range(5)]
+  return -(0.5 + c) * sum(squares)
+
+
+def of(trace, **options):
+  return np.asarray(paid(ObjectiveConfig(**options), trace))
 
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_rewards_by_hand(name, trace):
-  reward_BGN = np.asarray(paid(name, 0.0, trace))
+  reward_BGN = of(trace, reward=name)
   for b in range(0, len(reward_BGN), 7):
     for g in range(2):
       np.testing.assert_allclose(reward_BGN[b, g, 0], by_hand(name, trace, b, g), rtol=1e-6)
@@ -34,8 +51,14 @@ def test_rewards_by_hand(name, trace):
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_every_think_token_costs_its_price(name, trace):
-  difference_BGN = np.asarray(paid(name, 0.0, trace)) - np.asarray(paid(name, 0.25, trace))
+  difference_BGN = of(trace, reward=name) - of(trace, reward=name, price=0.25)
   np.testing.assert_allclose(difference_BGN, 0.25 * trace.used_BGN, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_calibration_is_paid_for_beside_any_reward(name, trace):
+  difference_BGN = of(trace, reward=name, calibration_weight=2.0) - of(trace, reward=name)
+  np.testing.assert_allclose(difference_BGN, 2 * of(trace, reward="proper_score"), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("topology", ["persistent", "private"])

@@ -73,7 +73,7 @@ def ledger(
     gradient: with a backward pass: twice the forward products, and recomputation.
   """
   N = capacity(thought, T, aligned)
-  rows = -(-(vocabulary_size + 3) // model.vocabulary_multiple) * model.vocabulary_multiple
+  rows = -(-(vocabulary_size + 3 + thought.confidences) // model.vocabulary_multiple) * model.vocabulary_multiple
   head = 2.0 * model.width * rows
   if not N:
     base = layer_flops(model, T, causal_keys(model, T))

@@ -150,13 +150,20 @@ class Decoder(nnx.Module):
   """The decoder over a vocabulary of real tokens and three control rows: START, STOP and PAUSE.
 
   The control rows are rows of the embedding table and never a real token: `logits` masks them, so they cannot be
-  predicted, sampled, or produced by text.
+  predicted, sampled, or produced by text. Thoughts that report confidences have as many more of them.
   """
 
-  def __init__(self, config: ModelConfig, vocabulary_size: int, rngs: nnx.Rngs, heads: Sequence[str] = ()):
-    self.config, self.vocabulary_size = config, vocabulary_size
+  def __init__(
+    self,
+    config: ModelConfig,
+    vocabulary_size: int,
+    rngs: nnx.Rngs,
+    heads: Sequence[str] = (),
+    confidences: int = 0,
+  ):
+    self.config, self.vocabulary_size, self.confidences = config, vocabulary_size, confidences
     D, multiple = config.width, config.vocabulary_multiple
-    rows = -(-(vocabulary_size + 3) // multiple) * multiple
+    rows = -(-(vocabulary_size + 3 + confidences) // multiple) * multiple
     self.embedding = parameter(rngs, (rows, D), ("vocab", "embed"), D**-0.5)
     stack = nnx.vmap(
       lambda rngs: Layer(config, rngs), axis_size=config.layers, transform_metadata={nnx.PARTITION_NAME: "layers"}
@@ -186,6 +193,11 @@ class Decoder(nnx.Module):
     """Row of the pause thought."""
     return self.vocabulary_size + 2
 
+  @property
+  def lowest(self) -> int:
+    """Row of confidence 0; those above it follow."""
+    return self.vocabulary_size + 3
+
   def embed(self, tokens):
     """Embeddings [..., D] of ids [...]; of unit mean square at initialisation, like the final norm's output."""
     return self._scale(self.embedding[...].at[tokens].get(mode="clip"))
@@ -201,16 +213,23 @@ class Decoder(nnx.Module):
     """The input of a latent thought from the hidden state before it, both [..., D] (Coconut, arXiv:2412.06769)."""
     return hidden if self.config.latent_map == "identity" else matmul(hidden, self.latent[...])
 
-  def logits(self, hidden, stop: bool = False):
-    """float32 logits [..., rows] of hidden states [..., D]; all but real tokens, and STOP if wanted, are masked."""
+  def logits(self, hidden, stop=False, confidence=False):
+    """float32 logits [..., rows] of hidden states [..., D]; all but real tokens are masked.
+
+    Args:
+      stop: STOP is allowed too. confidence: the confidence rows are allowed, and nothing else. Either is a bool, or one
+        for each hidden state.
+    """
     head = self.embedding[...].T if self.config.tie_embeddings else self.head[...]
     flat = hidden.reshape(-1, hidden.shape[-1])
     logits = jnp.dot(flat, head.astype(flat.dtype), preferred_element_type=jnp.float32)
     if self.config.logit_cap:
       logits = self.config.logit_cap * jnp.tanh(logits / self.config.logit_cap)
     row = jnp.arange(head.shape[-1])
-    logits = jnp.where((row < self.vocabulary_size) | (stop & (row == self.stop)), logits, MASKED)
-    return logits.reshape(*hidden.shape[:-1], -1)
+    stop, confidence = (jnp.asarray(a)[..., None] for a in (stop, confidence))
+    real = (row < self.vocabulary_size) | (stop & (row == self.stop))
+    said = (row >= self.lowest) & (row < self.lowest + self.confidences)
+    return jnp.where(jnp.where(confidence, said, real), logits.reshape(*hidden.shape[:-1], -1), MASKED)
 
   def __call__(self, x_BPQD, positions_BPQ, mask_BPQQ, past: Seen | None = None, own: Seen | None = None):
     """Runs P streams of Q inputs through all layers.
@@ -244,10 +263,12 @@ class Model:
 
   init(key): params, a nested dict of float32 arrays. axes: the same dict with the logical name of every axis.
   bind(params): a Decoder that holds them, for use inside a traced function. heads: names of `heads.HEADS` that exist.
+  confidences: control rows for a report.
   """
 
-  def __init__(self, config: ModelConfig, vocabulary_size: int, heads: Sequence[str] = ()):
-    self.config, self.vocabulary_size, self.heads = config, vocabulary_size, tuple(heads)
+  def __init__(self, config: ModelConfig, vocabulary_size: int, heads: Sequence[str] = (), confidences: int = 0):
+    self.config, self.vocabulary_size = config, vocabulary_size
+    self.heads, self.confidences = tuple(heads), confidences
     self._graph, state = nnx.split(nnx.eval_shape(lambda: self._fresh(0)))
     self.shapes = nnx.to_pure_dict(state)
     self.axes = _axes(state)
@@ -257,7 +278,7 @@ class Model:
     return nnx.to_pure_dict(nnx.split(self._fresh(key))[1])
 
   def _fresh(self, key) -> Decoder:
-    return Decoder(self.config, self.vocabulary_size, nnx.Rngs(params=key), self.heads)
+    return Decoder(self.config, self.vocabulary_size, nnx.Rngs(params=key), self.heads, self.confidences)
 
   def bind(self, params: Params) -> Decoder:
     """The decoder with these parameters."""

@@ -256,7 +256,10 @@ def _private_step(decoder, config, state: _State, marked_B, keys_B):
 
 def _read(decoder, config, states_BJD, thoughts):
   """Tokens to show for a thought: its own, or what the head reads off each think slot; -1 from its end on."""
-  tokens_Bn = thoughts.tokens_BGNJ
+  tokens_Bn, index_n, used_B1 = thoughts.tokens_BGNJ, jnp.arange(config.length), thoughts.used_BGN[:, None]
   if config.kind in ("latent", "pause"):
     tokens_Bn = jnp.argmax(decoder.logits(states_BJD[:, config.opening : config.opening + config.length]), axis=-1)
-  return jnp.where(jnp.arange(config.length) < thoughts.used_BGN[:, None], tokens_Bn, -1).astype(jnp.int32)
+  shown_Bn = index_n < used_B1
+  if config.report:  # it stands behind a STOP that was drawn, which is a token more than are used
+    shown_Bn = (index_n <= used_B1) & (tokens_Bn != decoder.stop)
+  return jnp.where(shown_Bn, tokens_Bn, -1).astype(jnp.int32)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from thinking_lm import sharding
+from thinking_lm.thoughts import report
 from thinking_lm.thoughts.mixing import MIXING
 
 CHUNK = 8192
@@ -36,32 +37,51 @@ def mixed_logp(decoder, config, base_BXD, hidden_BXD, targets_BX):
 
 
 def target_logp(decoder, hidden_BXD, targets_BX):
-  """(log p(target), target is the most likely token) of each hidden state; float32 nats and bool, shape [B, ...]."""
+  """(log p(target), target is the most likely token, log p(that token)) of each hidden state, shape [B, ...].
+
+  float32 nats, bool, and nats again.
+  """
   return _chunked(lambda hidden, targets: _score(decoder.logits(hidden), targets), hidden_BXD, targets_BX)
 
 
 def _score(logits, targets):
   chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-  return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
+  total = jax.nn.logsumexp(logits, axis=-1)
+  return chosen - total, jnp.argmax(logits, axis=-1) == targets, logits.max(axis=-1) - total
+
+
+def several_logp(decoder, config, base_BXD, hidden_BXD, tokens_BXI):
+  """log p(token) of several tokens after each thought, as `mixed_logp` predicts; float32 nats, [B, ..., I]."""
+
+  def one(base, hidden, tokens):
+    logits = predict(decoder, config, base, hidden)
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), tokens, axis=-1)
+
+  return _chunked(one, base_BXD, hidden_BXD, tokens_BXI)
 
 
 def policy(decoder, config, hidden_BXD, thoughts):
   """(log pi, entropy) of the think token that follows each hidden state, nats; of the kind, see `tokens.KINDS`."""
+  if config.report:
+    role_X = report.roles(thoughts.tokens_BGNJ, config, decoder.stop)
+    return _chunked(
+      lambda h, z, role: report.policy(decoder, h, z, role, config), hidden_BXD, thoughts.tokens_BGNJ, role_X
+    )
   return _chunked(
     lambda h, x, z: config.kind_of.policy(decoder, h, x, z, config),
     *(hidden_BXD, thoughts.inputs_BGNJD, thoughts.tokens_BGNJ),
   )
 
 
-def _chunked(function, *arrays):
+def _chunked(function, hidden_BXD, *others):
   """function over the states of all rows, rematerialised, at most CHUNK states of a device at a time.
 
   A chunk holds states of every row, and from the whole length of each, so that what is split between devices stays
-  where it is. The last array has no axes but those of the states, [B, ...]; the others have one more.
+  where it is. The other arrays have the axes [B, ...] of the states, and any after them; so may the results.
   """
-  leading = arrays[-1].shape
-  flat = [a.reshape(leading[0], -1, *a.shape[len(leading) :]) for a in arrays]
-  (B, X), ways = flat[-1].shape, sharding.ways("length")
+  leading = hidden_BXD.shape[:-1]
+  flat = [a.reshape(leading[0], -1, *a.shape[len(leading) :]) for a in (hidden_BXD, *others)]
+  (B, X), ways = flat[0].shape[:2], sharding.ways("length")
   chunk = max(1, CHUNK * sharding.ways("batch") // B) * ways
   function = jax.checkpoint(function)
   if chunk >= X:
@@ -70,8 +90,8 @@ def _chunked(function, *arrays):
     pad = lambda a: jnp.pad(a, [(0, 0), (0, -X % chunk)] + [(0, 0)] * (a.ndim - 2))
     cut = lambda a: jnp.moveaxis(pad(a).reshape(B, chunk, -1, *a.shape[2:]), 2, 0)
     results = jax.lax.map(lambda part: function(*part), [_split(cut(a), 1) for a in flat])
-    results = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 2).reshape(B, -1)[:, :X], results)
-  return jax.tree.map(lambda a: a.reshape(leading), results)
+    results = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 2).reshape(B, -1, *a.shape[3:])[:, :X], results)
+  return jax.tree.map(lambda a: a.reshape(*leading, *a.shape[2:]), results)
 
 
 def _split(a, first: int):

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from thinking_lm.model.decoder import Cache, Model, Seen
-from thinking_lm.model.readout import mixed_logp, policy, target_logp, weight
+from thinking_lm.model.readout import mixed_logp, policy, several_logp, target_logp, weight
 from thinking_lm.model.thinking import empty_cache, stream_serial, think
-from thinking_lm.thoughts import halting, relaxed, topology
+from thinking_lm.thoughts import halting, relaxed, report, topology
 from thinking_lm.thoughts.spec import ThoughtConfig
-from thinking_lm.types import Batch, Layout, Params, Thoughts, Trace
+from thinking_lm.types import Batch, Layout, Params, Report, Thoughts, Trace
 
 
 def rollout(
@@ -96,7 +96,8 @@ def _persistent(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trac
   think_BX = (stream.thought_BN[..., None] + jnp.arange(J)).reshape(B * G, N * J)
   think_BNJD = _gather(hidden_BSD, think_BX).reshape(B * G, N, J, hidden_BSD.shape[-1])
   anchor_BND = _gather(hidden_BSD, topology.take(stream.slot_BT, row_layout.anchors_BN, 0))
-  logp_BT, hit_BT = target_logp(decoder, _gather(hidden_BSD, stream.readout_BT), rows.targets_BT)
+  readout_BTD = _gather(hidden_BSD, stream.readout_BT)
+  logp_BT, hit_BT, top_BT = target_logp(decoder, readout_BTD, rows.targets_BT)
   inside_BNT = topology.rest(batch, layout, config.lookahead).astype(jnp.float32)
   weigh = lambda a_BGT: jnp.einsum("bnt,bt,bgt->bgn", inside_BNT, batch.weights_BT, a_BGT, precision="highest")
   outcome_BGN, missed_BGN = weigh(split(logp_BT)), weigh((~split(hit_BT)).astype(jnp.float32))
@@ -104,8 +105,15 @@ def _persistent(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trac
   policy = _policy(decoder, config, anchor_BGND, think_BGNJD, thoughts)
   trace = _trace(decoder, config, batch, layout, thoughts, policy, split(logp_BT), split(hit_BT), outcome_BGN)
   unit_BN, unit_BT = topology.documents(batch, layout)
-  free_BT = jnp.where(unit_BT < N, 0, batch.weights_BT)
-  return trace.replace(unit_BN=unit_BN, unit_BT=unit_BT, free_BT=free_BT, outcome_hit_BGN=missed_BGN == 0)
+  end_BGND = split(_gather(readout_BTD, row_layout.anchors_BN))
+  return trace.replace(
+    unit_BN=unit_BN,
+    unit_BT=unit_BT,
+    free_BT=jnp.where(unit_BT < N, 0, batch.weights_BT),
+    outcome_hit_BGN=missed_BGN == 0,
+    top_logp_BGT=split(top_BT),
+    report=_report(decoder, config, batch, layout, thoughts, anchor_BGND, end_BGND),
+  )
 
 
 def _stream(decoder, drawer, config, rows, stream, keys_BN, N, C, given):
@@ -142,7 +150,7 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
   slot_T = jnp.arange(T)
   mask = topology.sees(batch.segments_BT, batch.segments_BT, slot_T, slot_T)
   base_B1TD, prefix = decoder(decoder.embed(batch.tokens_BT)[:, None], batch.positions_BT[:, None], mask)
-  base_logp_BT, base_hit_BT = target_logp(decoder, base_B1TD[:, 0], batch.targets_BT)
+  base_logp_BT, base_hit_BT, base_top_BT = target_logp(decoder, base_B1TD[:, 0], batch.targets_BT)
 
   tile = lambda a: jnp.tile(a, (1, G, *[1] * (a.ndim - 2)))  # the P = G N streams are ordered (g, n)
   split = lambda a: a.reshape(B, G, N, *a.shape[2:])
@@ -161,7 +169,7 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
   end_BP1D = _end(config, anchor_BPD, hidden_BPXD, config.used(thoughts, decoder.stop))
   readout_BPMD = jnp.concatenate([end_BP1D, hidden_BPXD[:, :, J:]], axis=2)
   without_BPMD = tile(_gather(base_B1TD[:, 0], plan.target_BNM.reshape(B, -1)).reshape(B, N, config.lookahead, -1))
-  logp_BGNM, hit_BGNM = map(split, mixed_logp(decoder, config, without_BPMD, readout_BPMD, targets_BPM))
+  logp_BGNM, hit_BGNM, top_BGNM = map(split, mixed_logp(decoder, config, without_BPMD, readout_BPMD, targets_BPM))
   put = jax.vmap(lambda base_T, new_N, at_N: base_T.at[at_N].set(new_N, mode="drop"))  # over rows
   put = jax.vmap(put, (None, 1, None), 1)  # over samples
   logp_BGT = put(base_logp_BT, logp_BGNM[..., 0], layout.anchors_BN)
@@ -180,6 +188,8 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
     base_logp_BT=base_logp_BT,
     base_outcome_BN=jnp.sum(base_BNM * weights_BNM, axis=-1),
     outcome_hit_BGN=jnp.all(hit_BGNM | (weights_BNM == 0)[:, None], axis=-1),
+    top_logp_BGT=put(base_top_BT, top_BGNM[..., 0], layout.anchors_BN),
+    report=_report(decoder, config, batch, layout, thoughts, split(anchor_BPD), split(end_BP1D[:, :, 0])),
   )
   if config.relaxation and drawer is not None:
     before_BPD = hidden_BPXD[:, :, 0] if config.opening else anchor_BPD
@@ -246,7 +256,7 @@ def _learned(decoder, config, anchor_BPD, hidden_BPJD, readout_BPMD, targets_BPM
   states_BPKD = jnp.concatenate([anchor_BPD[:, :, None], hidden_BPJD], axis=2)[:, :, jnp.asarray(halting.exits(config))]
   tile = lambda a_BP: jnp.broadcast_to(a_BP[..., None], states_BPKD.shape[:3])
   base_BPKD = jnp.broadcast_to(anchor_BPD[:, :, None], states_BPKD.shape)
-  logp_BPK, _ = mixed_logp(decoder, config, base_BPKD, states_BPKD, tile(targets_BPM[..., 0]))
+  logp_BPK = mixed_logp(decoder, config, base_BPKD, states_BPKD, tile(targets_BPM[..., 0]))[0]
   exit_logp_BPK = halting.exit_logp(decoder, config, states_BPKD)
   return mixed | dict(exit_logp_BGNK=exit_logp_BPK, exit_outcome_BGNK=logp_BPK * tile(weights_BPM[..., 0]))
 
@@ -261,6 +271,22 @@ def _policy(decoder, config, anchor_BGND, think_BGNJD, thoughts):
   chosen_BGNJ = config.chosen(config.used(thoughts, decoder.stop))
   only = lambda a_BGNJ: jnp.sum(jnp.where(chosen_BGNJ, a_BGNJ, 0.0), axis=-1)
   return only(logp_BGNJ), only(entropy_BGNJ) / jnp.maximum(chosen_BGNJ.sum(axis=-1), 1)
+
+
+def _report(decoder, config, batch, layout, thoughts, anchor_BGND, end_BGND) -> Report | None:
+  """What the thoughts say, and what the model would do at their end."""
+  if not config.confidences:
+    return None
+  candidates_BGNI, confidences_BGNI = report.pairs(thoughts.tokens_BGNJ, config, decoder.stop, decoder.lowest)
+  actual_BGNI = several_logp(decoder, config, anchor_BGND, end_BGND, candidates_BGNI)
+  return Report(
+    candidates_BGNI=candidates_BGNI,
+    confidences_BGNI=confidences_BGNI,
+    actual_BGNI=jax.lax.stop_gradient(jnp.exp(actual_BGNI)),
+    target_BN=topology.take(batch.targets_BT, layout.anchors_BN, 0),
+    weight_BN=topology.take(batch.weights_BT, layout.anchors_BN, 0.0),
+    vocabulary=decoder.vocabulary_size,
+  )
 
 
 def _trace(decoder, config, batch, layout, thoughts, policy, logp_BGT, hit_BGT, outcome_BGN) -> Trace:

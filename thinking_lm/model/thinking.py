@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from thinking_lm.model.decoder import DTYPES, Cache, Decoder, Seen
-from thinking_lm.thoughts import halting, topology
+from thinking_lm.thoughts import halting, report, topology
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.types import Thoughts
 
@@ -51,8 +51,11 @@ def think(
   def step(carry, i):
     hidden, cache, progress = carry
     keys = None if keys_BP is None else jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys_BP, i)
-    x, token = config.kind_of.step(decoder, hidden, keys, config)
-    progress = halting.drawn(decoder, config, progress, token)
+    if config.report:
+      x, token = report.say(decoder, hidden, keys, config, i, progress.first_X)
+    else:
+      x, token = config.kind_of.step(decoder, hidden, keys, config)
+    progress = halting.drawn(decoder, config, progress, token, i)
     hidden, cache = slot(x, i + config.opening, cache)
     progress = halting.reached(decoder, config, progress, hidden, i + 1)
     return (hidden, cache, progress), (hidden, x, token)

@@ -20,6 +20,7 @@ from thinking_lm.objectives import exits
 from thinking_lm.objectives.advantages import ADVANTAGES, varied
 from thinking_lm.objectives.bounds import BOUNDS
 from thinking_lm.objectives.rewards import REWARDS, paid
+from thinking_lm.objectives.scores import SCORES, score
 from thinking_lm.types import Batch, Trace, Vocabulary
 
 MIX_BINS = 5
@@ -39,6 +40,8 @@ class ObjectiveConfig:
   price: float = option(0.0, "what a think token costs a thought, in units of the reward", low=0)
   halt_weight: float = option(0.0, "halting=ponder, router: of KL(where thoughts end || geometric prior)", low=0)
   halt_prior: float = option(0.2, "that prior's probability of ending at each exit", above=0, high=0.999)
+  scoring: str = option("brier", "which scoring rule judges what a thought reports", choices=SCORES)
+  calibration_weight: float = option(0.0, "of that score in the reward; needs thought.report", low=0)
   advantage: str = option("leave_one_out", "how the score term centres rewards", choices=ADVANTAGES)
   control: float = option(0.0, "weight of REBAR's control variate in the score term, see thought.relaxation", low=0)
   exact: bool = option(False, "draw nothing: nll_weight weighs the bound itself, summed over every thought there is")
@@ -80,8 +83,9 @@ class ObjectiveConfig:
       found.append(
         f"advantage {self.advantage!r} does not credit bound {self.bound!r}, whose score term needs one of: {credits}"
       )
-    if self.bound == "M" and self.price:
-      found.append("price needs bound 'J' or 'P': a price is a sum over thoughts, bound 'M' a logarithm over the group")
+    for name in ("price", "calibration_weight"):
+      if self.bound == "M" and getattr(self, name):
+        found.append(f"{name} needs bound 'J' or 'P': it is a sum over thoughts, bound 'M' a logarithm over the group")
     if member.keep and (self.nll_weight or self.base_weight):
       found.append(
         f"advantage {self.advantage!r} averages over the groups that it keeps, which the NLL terms do not share: set "
@@ -124,7 +128,7 @@ def _score(config, trace):
   """
   member, (B, G, N) = ADVANTAGES[config.advantage], trace.outcome_BGN.shape
   credited = exits.settled(BOUNDS[config.bound].credit(jax.lax.stop_gradient(trace)))
-  reward_BGN = paid(config.reward, config.price, credited)
+  reward_BGN = paid(config, credited)
   if config.halt_weight:
     reward_BGN -= config.halt_weight * exits.divergence(credited, config.halt_prior)
   credit_BGN, control_BGN = reward_BGN, jnp.zeros_like(reward_BGN)
@@ -157,6 +161,7 @@ def describe(trace: Trace) -> dict[str, Mean]:
   mix_weight: of the prediction after a thought; mix_weight_0of5 ... 4of5: its histogram, the share in each fifth of
   [0, 1].
   effective_samples: of a group, 1 / sum_g w_g^2 with w = softmax_g log p(y | x, z_g), the weights of bound M.
+  brier_report: the Brier score of what thoughts report, where they do.
   """
   trace = jax.lax.stop_gradient(trace)
   valid_BGN = jnp.broadcast_to(trace.valid_BN[:, None], trace.used_BGN.shape)
@@ -166,6 +171,8 @@ def describe(trace: Trace) -> dict[str, Mean]:
   )
   if trace.base_logp_BT is not None:
     found["nll_base"] = Mean.of(-trace.base_logp_BT, trace.weights_BT)
+  if trace.report is not None:
+    found["brier_report"] = Mean.of(score("brier", trace.report), trace.report.weight_BN[:, None])
   if trace.valid_BN.shape[1]:
     rows = jnp.asarray(trace.valid_BN.shape[0], jnp.float32)
     found |= dict(

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from thinking_lm.thoughts import report
+
 
 def entropy(model, hidden_XD, j, config):
   """Certain where the next real token's entropy is below config.stop_below nats: nothing is left to think about.
@@ -84,13 +86,14 @@ class Progress(NamedTuple):
   """Thoughts under way.
 
   going_X: which go on. left_X: probability that one has not ended yet; it ends where that is not above level_X. used_X:
-  think tokens so far.
+  think tokens so far. first_X: the token that its report begins at, as far as is known; None where none reports.
   """
 
   going_X: jax.Array
   left_X: jax.Array
   level_X: jax.Array
   used_X: jax.Array
+  first_X: jax.Array | None = None
 
 
 def begin(model, config, hidden_XD, keys_X) -> Progress:
@@ -103,12 +106,15 @@ def begin(model, config, hidden_XD, keys_X) -> Progress:
   if config.draws_end:
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys_X.reshape(-1), config.length)
     level_X = jax.vmap(jax.random.uniform)(keys).reshape(shape)
-  fresh = Progress(jnp.ones(shape, bool), jnp.ones(shape), level_X, jnp.zeros(shape, jnp.int32))
+  first_X = jnp.full(shape, config.free) if config.report else None
+  fresh = Progress(jnp.ones(shape, bool), jnp.ones(shape), level_X, jnp.zeros(shape, jnp.int32), first_X)
   return reached(model, config, fresh, hidden_XD, 0)
 
 
-def drawn(model, config, progress: Progress, token_X) -> Progress:
-  """After the next think token was made. It counts, unless it is a STOP that was drawn."""
+def drawn(model, config, progress: Progress, token_X, i) -> Progress:
+  """After think token i was made. It counts, unless it is a STOP that was drawn."""
+  if config.report:
+    return report.drawn(model, config, progress, token_X, i)
   going_X = progress.going_X
   if HALTING[config.halting].draws:
     going_X &= token_X != model.stop
@@ -128,4 +134,5 @@ def used(config, tokens_Xn, stop: int):
   """used_X, int32: the think tokens of thoughts of which only the tokens are known: those before the first STOP."""
   n = tokens_Xn.shape[-1]
   ends_Xn = (tokens_Xn == stop) & HALTING[config.halting].draws
-  return jnp.min(jnp.where(ends_Xn, jnp.arange(n), n), axis=-1, initial=n).astype(jnp.int32)
+  used_X = jnp.min(jnp.where(ends_Xn, jnp.arange(n), n), axis=-1, initial=n).astype(jnp.int32)
+  return report.used(used_X, config) if config.report else used_X

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from thinking_lm.config import option
-from thinking_lm.thoughts import halting
+from thinking_lm.thoughts import halting, report
 from thinking_lm.thoughts.halting import HALTING
 from thinking_lm.thoughts.mixing import MIXING
 from thinking_lm.thoughts.placement import PLACEMENTS
@@ -52,6 +52,10 @@ class ThoughtConfig:
   mixing: str = option(
     "none", "private: how the predictions with a thought and without are mixed, by a learned weight", choices=MIXING
   )
+  report: int = option(
+    0, "sampled: the last 2m of the n think tokens are m (candidate, confidence) pairs; 0: none", low=0
+  )
+  bins: int = option(11, "report: how many confidences there are, from 0 to 1 at equal steps", low=2)
   samples: int = option(1, "G thoughts drawn per anchor (private) or streams per row (persistent)", low=1)
   lookahead: int = option(1, "m real tokens that make a thought's outcome; 0 is the rest of the document", low=0)
   rescore: bool = option(
@@ -95,6 +99,7 @@ class ThoughtConfig:
       found.append("mixing needs topology 'private': with 'persistent' there is no prediction without thoughts")
     if self.length and self.delimiters and self.halting in HALTING and HALTING[self.halting].odds:
       found.append(f"halting {self.halting!r} ends a thought at a state, without a STOP: set delimiters to false")
+    found += self._report_faults()
     if self.length and self.placement == "none":
       found.append("placement 'none' never thinks; set length 0 or another placement")
     return found
@@ -135,6 +140,28 @@ class ThoughtConfig:
     return dataclasses.replace(
       self, temperature=self.temperature * (self.temperature_end / self.temperature) ** share, temperature_end=0.0
     )
+
+  def _report_faults(self) -> list[str]:
+    """What a spoken distribution asks of its thought."""
+    found = []
+    if self.report and self.kind != "sampled":
+      found.append(f"report needs kind 'sampled', whose tokens can be words; got {self.kind!r}")
+    if self.report and self.halting not in report.HALTING:
+      known = " or ".join(map(repr, report.HALTING))
+      found.append(f"report needs halting {known}, got {self.halting!r}: others do not say where it would begin")
+    if self.report and self.free < 0:
+      found.append(f"report {self.report} takes {2 * self.report} of a thought's think tokens; length is {self.length}")
+    return found
+
+  @property
+  def free(self) -> int:
+    """Think tokens that are not of the report."""
+    return self.length - 2 * self.report
+
+  @property
+  def confidences(self) -> int:
+    """Rows of the embedding table that stand for a confidence."""
+    return self.bins if self.length and self.report else 0
 
   @property
   def slots(self) -> int:
