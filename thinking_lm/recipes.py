@@ -43,6 +43,18 @@ RECIPES = dict(
     "objective.score_weight": 1.0,
     "objective.advantage": "leave_one_out",
   },
+  verbalised={
+    "thought.kind": "sampled",
+    "thought.length": 6,
+    "thought.report": 2,
+    "thought.halting": "stop",
+    "thought.samples": 8,
+    "thought.topology": "private",
+    "objective.score_weight": 1.0,
+    "objective.calibration_weight": 1.0,
+    "objective.price": 0.01,
+    "objective.advantage": "leave_one_out",
+  },
 )
 """name -> what it sets.
 
@@ -53,7 +65,10 @@ hybrid: sampled tokens and both terms of grad J; exact for a persistent thought,
 jepo: both terms of the gradient of the log of the mean probability over G thoughts, with the leave-one-out credit of
 JEPO (arXiv:2503.19618); without its penalty on the distance to a reference policy. verifree: both terms of the gradient
 of the expected probability (VeriFree, arXiv:2505.21493). Where the papers think once, before an answer, these two think
-before the next token; thought.lookahead and the placement give other outcomes.
+before the next token; thought.lookahead and the placement give other outcomes. verbalised: at most two tokens of
+thought, then two pairs of a candidate and how sure the model is of it, paid by log p(next token) + the Brier score of
+that report - the price of the tokens; RLCR (arXiv:2507.16806) is the same with reward exact_match and one confidence in
+the model's own answer.
 """
 
 

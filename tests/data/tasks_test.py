@@ -106,6 +106,15 @@ def test_text_layout(name, weigh_prompt):
   assert example.weights.tolist() == [0.0] * unweighted + [1.0] * (len(text) + 1 - unweighted)
 
 
+def test_bernoulli_labels_have_their_contexts_probability():
+  task = tasks.build(TaskConfig(name="bernoulli_contexts", length=2000, contexts=5))
+  example = task.example(0, "train", 0)
+  assert task.tokenizer.decode(example.tokens[:3]).decode().startswith("c")
+  for c, p in enumerate((0.1, 0.3, 0.5, 0.7, 0.9)):
+    labels = example.targets[example.tokens == 2 + c]
+    assert abs(labels.mean() - p) < 4 * (p * (1 - p) / len(labels)) ** 0.5 and 300 < len(labels) < 500
+
+
 @pytest.mark.parametrize("name", sorted(TASKS))
 def test_examples_depend_on_seed_split_and_index_alone(name):
   task = tasks.build(TaskConfig(name=name, length=20))

@@ -148,6 +148,24 @@ def _draw_word_problem(group: str, tokenizer: SymbolTokenizer, random: np.random
   return Example(tokens, targets, np.ones(length, np.float32), tokenizer.decode(tokens), tokenizer.decode(targets))
 
 
+def bernoulli_contexts(options: "TaskConfig") -> Task:
+  """`length` contexts c, uniform over C; the label at each is 1 with probability p_c = (2c + 1) / (2C), else 0.
+
+  No label can be known, and the best prediction is: what a model says of its own certainty has a right answer here, and
+  its accuracy a ceiling of mean max(p_c, 1 - p_c). Labels are the symbols `0` and `1`, contexts `c0`, `c1` ...
+  """
+  tokenizer = SymbolTokenizer(("0", "1", *(f"c{c}" for c in range(options.contexts))))
+  draw = functools.partial(_draw_bernoulli, options.contexts, tokenizer)
+  return Task(options, tokenizer, draw, label_accuracy, int, tagging=True)
+
+
+def _draw_bernoulli(contexts: int, tokenizer: SymbolTokenizer, random: np.random.Generator, length: int) -> Example:
+  contexts_T = random.integers(contexts, size=length, dtype=np.int32)
+  targets = (random.random(length) < (2 * contexts_T + 1) / (2 * contexts)).astype(np.int32)
+  tokens = contexts_T + 2
+  return Example(tokens, targets, np.ones(length, np.float32), tokenizer.decode(tokens), tokenizer.decode(targets))
+
+
 def _text_task(options: "TaskConfig", write: Callable, longest: Callable[[int], int]) -> Task:
   draw = functools.partial(_draw_text, write, options)
   steps = rationales.longest(options.name, options.written, options.modulus)
@@ -252,6 +270,7 @@ TASKS = dict(
   last_letter=last_letter,
   variable_tracking=variable_tracking,
   parity=parity,
+  bernoulli_contexts=bernoulli_contexts,
 )
 
 
@@ -271,6 +290,7 @@ class TaskConfig:
   group: str = config.option("S3", "word_problem: the group, Zn, Sn or An")
   modulus: int = config.option(10, "modular_arithmetic, variable_tracking: results are modulo this", low=2, high=1000)
   variables: int = config.option(4, "variable_tracking: how many variables", low=1, high=26)
+  contexts: int = config.option(5, "bernoulli_contexts: how many contexts", low=1, high=1000)
   weigh_prompt: bool = config.option(False, "text tasks: prompt tokens have weight 1 too")
   written: int = config.option(0, "text tasks: the last so many steps to the answer are written before it", low=0)
   train_examples: int = config.option(2**20, "examples of one training epoch", low=1, high=2**32 - 1)
