@@ -75,7 +75,7 @@ def _wrap(decoder, config, thoughts):
   start = decoder.embed(jnp.full((*edge, config.opening), decoder.start))
   stop = decoder.embed(jnp.full((*edge, config.closing), decoder.stop))
   slots_XJD = jnp.concatenate([start, thoughts.inputs_BGNJD, stop], axis=-2)
-  if not config.may_stop:
+  if not config.may_stop or config.report:  # a report ends behind its STOP
     return slots_XJD
   closed_XJ = jnp.arange(config.slots) == _last(decoder, config, thoughts)[..., None]
   return jnp.where(closed_XJ[..., None], stop, slots_XJD)
