@@ -15,6 +15,10 @@ Thoughts, one line of the table each:
 `minus own` is what replacing the model's own thoughts costs, in nats per token, on the targets that count under both.
 Thoughts that are drawn also get log-mean-exp over K draws.
 
+Calibration, of the first line's thoughts: how likely the most likely token is held to be against how often it comes,
+as the softmax says it and, where thoughts report a distribution, as the report says it, on the same targets; ECE, Brier
+score and its pieces; how far what is said is from what is done; and a reliability diagram beside the JSON file.
+
 Exit codes: 0 done, 64 wrong command line, 65 damaged data or checkpoints, 73 the result cannot be written, 78 wrong
 config.
 """
@@ -109,6 +113,7 @@ def main(argv) -> None:
   print(_title(path, step, subject.config.thought, values))
   print(summary.table(values, positions=_POSITIONS.value))
   print(f"\nintervals: {summary.INTERVALS}")
+  print(_draw(path, step, values["calibration"]))
   print(f"written: {_write(path, step, subject.data.digest, values)}")
 
 
@@ -121,12 +126,38 @@ def _title(path, step: int, thought, values: dict[str, Any]) -> str:
   return f"{which}; thoughts: {what}\n{values['split']}: {counts}, {seconds:.1f} s\n"
 
 
+def _name(step: int) -> str:
+  return f"{_SPLIT.value}-{step}" + ("-averaged" if _AVERAGED.value else "")
+
+
+def _draw(path, step: int, calibration: dict[str, Any] | None) -> str:
+  """Draws the reliability diagram and says where it is, or why there is none."""
+  from thinking_lm.evaluation import diagram
+
+  if calibration is None:
+    return "no reliability diagram: no target counts"
+  picture = diagram.reliability(calibration, f"{path.name}, step {step}, {_SPLIT.value}")
+  if picture is None:
+    return diagram.MISSING
+  file = path / "evaluation" / f"{_name(step)}-reliability.png"
+  _put(file, lambda: file.write_bytes(picture))
+  return f"drawn: {file}"
+
+
+def _put(file, write) -> None:
+  """Makes the directory and writes. Raises WorkdirError."""
+  try:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write()
+  except OSError as error:
+    raise WorkdirError(f"cannot write {file}: {error}") from error
+
+
 def _write(path, step: int, digest: str, values: dict[str, Any]):
   """Writes the result, whole or not at all. Returns its path."""
   from thinking_lm.training import storage, workdir
 
-  name = f"{_SPLIT.value}-{step}" + ("-averaged" if _AVERAGED.value else "")
-  file = path / "evaluation" / f"{name}.json"
+  file = path / "evaluation" / f"{_name(step)}.json"
   record = dict(
     command=shlex.join(["python", "-m", "thinking_lm.evaluate", *sys.argv[1:]]),
     step=step,
@@ -139,11 +170,7 @@ def _write(path, step: int, digest: str, values: dict[str, Any]):
     written=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     **values,
   )
-  try:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    storage.write_atomic(file, storage.canonical(record, indent=2) + "\n")
-  except OSError as error:
-    raise WorkdirError(f"cannot write {file}: {error}") from error
+  _put(file, lambda: storage.write_atomic(file, storage.canonical(record, indent=2) + "\n"))
   return file
 
 

@@ -130,7 +130,8 @@ class Report:
 
   candidates_BGNI: int32 real tokens that are named, in order. confidences_BGNI: float32 in [0, 1].
   actual_BGNI: the probability that the model itself gives each candidate after the thought, without gradient.
-  target_BN: int32 what came. weight_BN: the weight of that target, 0 where the anchor is invalid.
+  target_BN: int32 what came. weight_BN: the weight of that target, 0 where the anchor is invalid. anchors_BN: its index
+    into T.
   vocabulary: number of real tokens (static).
   """
 
@@ -139,6 +140,7 @@ class Report:
   actual_BGNI: jax.Array
   target_BN: jax.Array
   weight_BN: jax.Array
+  anchors_BN: jax.Array
   vocabulary: int = struct.field(pytree_node=False)
 
 

@@ -24,14 +24,14 @@ def test_the_command_prints_a_table_and_writes_all_of_it(trained):
   assert code == 0, errors
   file = workdir / "evaluation" / "test-3.json"
   assert out.rstrip().endswith(f"written: {file}") and "test: 5 rows, 30 real tokens, 30 think tokens" in out
-  for start in ("thoughts ", "own ", "none ", "K = 1 ", "K = 2 ", "accuracy at "):
+  for start in ("thoughts ", "own ", "none ", "K = 1 ", "K = 2 ", "accuracy at ", "top label", "softmax "):
     assert any(line.startswith(start) for line in out.split("\n")), start
   found = json.loads(file.read_text())
   assert (found["step"], found["rows"], found["limit"], found["averaged"]) == (3, 5, 5, False)
   assert found["command"].startswith("python -m thinking_lm.evaluate --workdir=") and found["code"]["source"]
   assert list(found["arms"]) == ["none", "own"] and list(found["draws"]) == ["1", "2"]  # names are sorted
   assert found["draws"]["1"]["nats_per_token"] == pytest.approx(found["arms"]["own"]["nats_per_token"], rel=1e-5)
-  assert [path.name for path in file.parent.iterdir()] == ["test-3.json"]
+  assert sorted(path.name for path in file.parent.iterdir()) == ["test-3-reliability.png", "test-3.json"]
 
 
 def test_what_is_wrong_is_said_in_one_line(tmp_path):

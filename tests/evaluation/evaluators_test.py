@@ -8,6 +8,7 @@ import pytest
 
 from tests.evaluation.harness import KEY, THOUGHT, make, run
 from thinking_lm.errors import ConfigError
+from thinking_lm.evaluation import draws as draws_lib
 from thinking_lm.evaluation import evaluators
 from thinking_lm.objectives import objective
 from thinking_lm.thoughts.spec import ThoughtConfig
@@ -103,7 +104,7 @@ def test_pause_in_place_of_pause_is_no_change_at_all():
 
 @pytest.mark.parametrize(("kind", "at_once"), [("sampled", 2), ("sampled", 8), ("stream", 2)])
 def test_draws_are_nested_and_mixed_as_defined(kind, at_once, monkeypatch):
-  monkeypatch.setattr(evaluators, "AT_ONCE", at_once)
+  monkeypatch.setattr(draws_lib, "AT_ONCE", at_once)
   made = make(thought=KINDS[kind])
   found = run(made, controls=[], samples=(5, 1, 3))
   trace = traces(kind)

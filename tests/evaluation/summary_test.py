@@ -4,7 +4,9 @@ import math
 import numpy as np
 import pytest
 
-from thinking_lm.evaluation.evaluators import Arm, Draws, Evaluation, RowSums
+from thinking_lm.evaluation.calibration import Calibration, Forecasts
+from thinking_lm.evaluation.draws import Draws
+from thinking_lm.evaluation.evaluators import Arm, Evaluation, RowSums
 from thinking_lm.evaluation.intervals import ratio, wilson
 from thinking_lm.evaluation.summary import summarise, table
 
@@ -29,6 +31,7 @@ def evaluation(**changes):
     arms=dict(own=Arm(OWN, OWN, 6, *T), shuffled=Arm(OTHER, OWN_THERE, 4, *T), none=Arm(NONE, OWN, 0, *T)),
     draws={4: Draws(np.array([0.5, 1.0, 2.0]), np.array([1.0, 2.0, 4.0]))},
     omitted=dict(moved="no thought has a donor"),
+    calibration=Calibration(dict(softmax=Forecasts.of(np.full((3, 2), 0.5), np.eye(3, 2), np.ones((3, 2)))), None),
     generated=np.array([1.0, 0.0, 0.5, 1.0]),
     anchors=6,
     real_tokens=6,
@@ -82,6 +85,7 @@ def test_the_table_is_aligned_and_says_everything():
   assert shuffled[heads.index("minus own") :].startswith("1.5000 [")
   assert next(line for line in lines if line.startswith("none"))[heads.index("nats/token") :].startswith("not finite")
   assert next(line for line in lines if line.startswith("own"))[heads.index("minus own")] == "-"
+  assert next(line for line in lines if line.startswith("softmax")).split()[1] == "0.1667"
   assert "K = 4" in text and "accuracy at" in text and "answers" in text
   assert lines[-1] == "moved left out: no thought has a donor"
   crowded = table(summarise(evaluation(dropped=2), tagging=True, task=True))

@@ -83,6 +83,7 @@ def report(rows) -> Report:
     actual_BGNI=jnp.full((*z_BG1.shape, 2), 0.2),
     target_BN=jnp.asarray(TARGETS_CM[rows[:, 0], :1]),
     weight_BN=jnp.asarray(0.5 + rows[:, :1]),
+    anchors_BN=jnp.zeros((len(rows), 1), int),
     vocabulary=5,
   )
 

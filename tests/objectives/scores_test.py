@@ -129,7 +129,9 @@ def test_what_is_said_becomes_a_distribution(V):
 
 def test_certainty_about_everything_does_not_pay():
   """Five times 1.0 is worth what five times 0.2 is, under every rule."""
-  make = lambda q: Report(jnp.arange(5)[None, None, None], jnp.full((1, 1, 1, 5), q), None, jnp.array([[3]]), None, 8)
+  make = lambda q: Report(
+    jnp.arange(5)[None, None, None], jnp.full((1, 1, 1, 5), q), None, jnp.array([[3]]), None, None, 8
+  )
   for name in SCORES:
     np.testing.assert_allclose(score(name, make(1.0)), score(name, make(0.2)), rtol=1e-6)
 

@@ -10,17 +10,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from thinking_lm.config import pick
 from thinking_lm.data import tasks
 from thinking_lm.errors import ConfigError
+from thinking_lm.evaluation.calibration import Calibration, calibrate, joined
 from thinking_lm.evaluation.controls import CONTROLS, NONE, Source, counted, latest
-from thinking_lm.types import Batch, Layout, Params, Thoughts, Trace, Vocabulary
-
-AT_ONCE = 8
-"""Draws of a thought that are in memory at once, however many are asked for."""
+from thinking_lm.evaluation.draws import Draws, Mixer
+from thinking_lm.types import Batch, Layout, Params, Report, Thoughts, Trace, Vocabulary
 
 Answer = Callable[[Sequence[tasks.Example]], Sequence[bytes | Sequence[int]]]
 """Examples of a task -> what the model answers to their prompts, as bytes or token ids, in the same order."""
@@ -66,21 +64,14 @@ class Arm(NamedTuple):
   labels_T: np.ndarray
 
 
-class Draws(NamedTuple):
-  """K draws of the thoughts, float64 nats of each row: `marginal` -log-mean-exp, `expected` the mean (`Mixer`)."""
-
-  marginal_R: np.ndarray
-  expected_R: np.ndarray
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Evaluation:
   """What `evaluate` found.
 
   ids_R: row of the split. arms: control -> Arm, the reference first. draws: K -> Draws. omitted: what was asked for and
-  could not be had -> why. generated: task score of each generated answer, or None. anchors: how many thoughts there
-  are. dropped: thoughts that found no room in their rows. seconds: part -> (of the first batch, which compiles; of all
-  others).
+  could not be had -> why. calibration: of the reference. generated: task score of each generated answer, or None.
+  anchors: how many thoughts there are, and dropped how many found no room. seconds: part -> (of the first batch, which
+  compiles; of all others).
   """
 
   split: str
@@ -88,6 +79,7 @@ class Evaluation:
   arms: Mapping[str, Arm]
   draws: Mapping[int, Draws]
   omitted: Mapping[str, str]
+  calibration: Calibration
   generated: np.ndarray | None
   anchors: int
   real_tokens: int
@@ -169,54 +161,27 @@ class Runner:
     return turn
 
   def _score(self, params, batch, key, given):
-    trace = self.subject.rollout(params, batch, key, given=given, thought=self.thought)
-    return trace.logp_BGT[:, 0], trace.hit_BGT[:, 0]
+    return scored(self.subject.rollout(params, batch, key, given=given, thought=self.thought))
 
   def _score_without(self, params, batch):
-    trace = self.subject.rollout(params, batch, None, thought=self._without)
-    return trace.logp_BGT[:, 0], trace.hit_BGT[:, 0]
+    return scored(self.subject.rollout(params, batch, None, thought=self._without))
 
   def _draw(self, params, batch, key):
     return self.subject.rollout(params, batch, key, thought=self.thought).logp_BGT[:, 0]
 
 
-class Mixer:
-  """log-mean-exp over the first K of a sequence of draws, for several K at once, in memory that no K adds to.
+class Scored(NamedTuple):
+  """What is kept of the trace of one draw: log-probability and hit of each target, of `top_logp_BT` see Trace."""
 
-  Draw k uses fold_in(key, k), the row's id and the anchor: K = 8 is the first 8 of K = 32, and the same however many
-  are computed at once. With weights w_t of the targets,
+  logp_BT: jax.Array
+  hit_BT: jax.Array
+  top_logp_BT: jax.Array
+  report: Report | None
 
-      private:     nats(row) = -sum_t w_t log 1/K sum_k p(y_t | x_<=t, z_k)      each thought serves its anchor's target
-      persistent:  nats(row) = -log 1/K sum_k exp(sum_t w_t log p(y_t | x_<=t, z_k<=t))   a row's thoughts go together:
-                   the pasts of two draws differ, so that their targets cannot be mixed one by one
 
-  Both are, in expectation, upper bounds on the nats of the marginal that fall with K. The second one is weaker: its
-  unit is the row and not the token.
-  """
-
-  def __init__(self, runner: Runner, samples: Sequence[int]):
-    self._runner, self.samples = runner, tuple(sorted(set(samples)))
-    self._most = max(self.samples, default=0)
-    self._size = min(AT_ONCE, self._most)
-
-  def __call__(self, params: Params, batch: Batch, key, weights_BT: np.ndarray) -> dict[int, Draws]:
-    """K -> Draws of the rows of a batch."""
-    found: dict[int, Draws] = {}
-    mixed, total_B = np.array(-np.inf), np.zeros(len(weights_BT))
-    private = self._runner.thought.topology == "private"
-    for first in range(0, self._most, self._size):
-      keys_K = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(first, first + self._size))
-      logp_KBT = np.asarray(self._runner.draw(params, batch, keys_K), np.float64)
-      for k in range(first, min(first + self._size, self._most)):
-        weighed_BT = np.where(weights_BT > 0, logp_KBT[k - first], 0.0) * weights_BT
-        total_B = total_B + weighed_BT.sum(axis=1)
-        mixed = np.logaddexp(mixed, logp_KBT[k - first] if private else weighed_BT.sum(axis=1))
-        if k + 1 in self.samples:
-          mean = mixed - np.log(k + 1)
-          if private:
-            mean = np.sum(np.where(weights_BT > 0, mean, 0.0) * weights_BT, axis=1)
-          found[k + 1] = Draws(-mean, -total_B / (k + 1))
-    return found
+def scored(trace: Trace) -> Scored:
+  """Of the first sample."""
+  return Scored(trace.logp_BGT[:, 0], trace.hit_BGT[:, 0], trace.top_logp_BGT[:, 0], trace.report)
 
 
 def asked(data, split: str, batch: Batch) -> np.ndarray:
@@ -246,10 +211,12 @@ class Collector:
 
   def __init__(self, runner: Runner, split: str, controls: Sequence[str], samples: Sequence[int]):
     self._runner, self._data, self._split, self._controls = runner, runner.subject.data, split, controls
-    self._mixer = Mixer(self._runner, samples)
+    self._mixer = Mixer(runner.draw, runner.thought.topology == "private", samples)
     self._arms: dict[str, list[Arm]] = {name: [] for name in controls}
     self._draws: dict[int, list[Draws]] = {k: [] for k in self._mixer.samples}
     self._ids: list[np.ndarray] = []
+    self._real_B: list[np.ndarray] = []
+    self._calibration: list[Calibration] = []
     self._before = None
     self._anchors = self._real = self._think = self._dropped = 0
     self._seconds: dict[str, list[float]] = {}
@@ -262,7 +229,8 @@ class Collector:
 
   def add(self, params: Params, host: Batch, batch: Batch, key) -> None:
     """Scores the rows of `batch`, which are those of `host` on the device."""
-    self._ids.append(host.ids_B[host.segments_BT[:, 0] > 0])
+    self._real_B.append(host.segments_BT[:, 0] > 0)
+    self._ids.append(host.ids_B[self._real_B[-1]])
     self._real += int((host.segments_BT > 0).sum())
     source = None
     if self._runner.thought.length:
@@ -275,10 +243,11 @@ class Collector:
     asked_BT = asked(self._data, self._split, host)
     reference = None
     for name in self._controls:
-      logp_BT, hit_BT, counted_BT, changed = self._scored(name, params, batch, key, source)
-      reference = reference or (logp_BT, hit_BT)
+      found, counted_BT, changed = self._scored(name, params, batch, key, source)
+      reference = reference or found
       rest = (host, self._data.vocabulary, counted_BT, asked_BT)
-      self._arms[name].append(_arm(rest, (logp_BT, hit_BT), reference, changed))
+      self._arms[name].append(_arm(rest, found, reference, changed))
+    self._calibration.append(calibrate(*reference[1:3], asked_BT, reference.report))
     if self._mixer.samples:
       drawn = self._timed("draws", self._mixer, params, batch, key, host.weights_BT)
       real_B = host.segments_BT[:, 0] > 0
@@ -286,14 +255,14 @@ class Collector:
         self._draws[k].append(Draws(*(a[real_B] for a in rows)))
 
   def _scored(self, name, params, batch, key, source):
-    """(logp_BT, hit_BT, counted_BT, changed) on the host, under one control."""
+    """(Scored, counted_BT, changed) on the host, under one control."""
     if name == NONE:
       found = self._timed(name, self._runner.without, params, batch)
-      return (*jax.device_get(found), np.ones(batch.tokens_BT.shape, bool), 0)
+      return jax.device_get(found), np.ones(batch.tokens_BT.shape, bool), 0
 
     def run():
       given, counted_BT, changed = self._runner.turn[name](batch, source)
-      return (*self._runner.score(params, batch, key, given), counted_BT, changed)
+      return self._runner.score(params, batch, key, given), counted_BT, changed
 
     return jax.device_get(self._timed(name, run))
 
@@ -314,6 +283,7 @@ class Collector:
       arms=arms,
       draws={k: Draws(*map(np.concatenate, zip(*parts, strict=True))) for k, parts in self._draws.items()},
       omitted=omitted,
+      calibration=joined(self._calibration, self._real_B),
       generated=generated,
       anchors=self._anchors,
       real_tokens=self._real,
@@ -326,9 +296,9 @@ class Collector:
 def _arm(rest, scored, reference, changed) -> Arm:
   host, _, counted_BT, asked_BT = rest
   real_B = host.segments_BT[:, 0] > 0
-  both = (RowSums(*(a[real_B] for a in row_sums(*rest, *each))) for each in (scored, reference))
+  both = (RowSums(*(a[real_B] for a in row_sums(*rest, *each[:2]))) for each in (scored, reference))
   asked_BT = asked_BT & counted_BT & (host.weights_BT > 0)
-  return Arm(*both, int(changed), (scored[1] & asked_BT).sum(axis=0), asked_BT.sum(axis=0))
+  return Arm(*both, int(changed), (scored.hit_BT & asked_BT).sum(axis=0), asked_BT.sum(axis=0))
 
 
 def _joined(parts: Sequence[Arm]) -> Arm:

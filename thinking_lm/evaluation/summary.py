@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from thinking_lm.evaluation import calibration
 from thinking_lm.evaluation.controls import NONE
 from thinking_lm.evaluation.evaluators import Arm, Evaluation, RowSums
 from thinking_lm.evaluation.intervals import Interval, ratio, share, wilson
@@ -37,6 +38,7 @@ def summarise(found: Evaluation, tagging: bool, task: bool) -> dict[str, Any]:
     arms={name: _arm(arm, found, task) for name, arm in found.arms.items()},
     draws={str(k): _draws(found, k) for k in found.draws},
     positions={name: _positions(arm) for name, arm in found.arms.items()} if tagging else None,
+    calibration=calibration.summarise(found.calibration),
     generated=_generated(found.generated),
     omitted=dict(found.omitted),
     seconds={part: dict(first_batch=first, other_batches=rest) for part, (first, rest) in found.seconds.items()},
@@ -122,6 +124,7 @@ def table(summary: Mapping[str, Any], positions: bool = False) -> str:
   if summary["generated"]:
     rows = [("generated", "score", "whole"), ("answers", *map(text, summary["generated"].values()))]
     blocks.append(aligned(rows))
+  blocks += _calibration(summary["calibration"])
   if positions and summary["positions"]:
     names = list(summary["positions"])
     by_T = zip(*summary["positions"].values(), strict=True)
@@ -133,6 +136,22 @@ def table(summary: Mapping[str, Any], positions: bool = False) -> str:
       f"{summary['thoughts_dropped']} thoughts found no room in their rows and are left out: see thought.room"
     )
   return "\n\n".join([*blocks, "\n".join(notes)] if notes else blocks)
+
+
+def _calibration(values: Mapping[str, Any] | None) -> list[str]:
+  """Forecasters, and what is said against what is done, as blocks of the table."""
+  if values is None:
+    return []
+  heads = ("= reliability", "- resolution", "+ uncertainty", "+ within", "mean forecast", "came true")
+  rows = [(f"top label, {values['bins']} bins", "ECE", "Brier", *heads)]
+  for name, found in values["forecasters"].items():
+    parts = ("reliability", "resolution", "uncertainty", "within", "forecast", "accuracy")
+    rows.append((name, text(found["ece"]), text(found["brier"]), *(f"{found[part][0]:.4f}" for part in parts)))
+  blocks = [aligned(rows)]
+  if values["gap"]:
+    gap = [text(values["gap"][part]) for part in ("named", "variation")]
+    blocks.append(aligned([("said - done", "|difference|, named tokens", "total variation"), ("", *gap)]))
+  return blocks
 
 
 def text(interval: Sequence[float | None] | None) -> str:

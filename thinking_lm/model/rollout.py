@@ -285,6 +285,7 @@ def _report(decoder, config, batch, layout, thoughts, anchor_BGND, end_BGND) -> 
     actual_BGNI=jax.lax.stop_gradient(jnp.exp(actual_BGNI)),
     target_BN=topology.take(batch.targets_BT, layout.anchors_BN, 0),
     weight_BN=topology.take(batch.weights_BT, layout.anchors_BN, 0.0),
+    anchors_BN=layout.anchors_BN,
     vocabulary=decoder.vocabulary_size,
   )
 

@@ -51,10 +51,7 @@ def think(
   def step(carry, i):
     hidden, cache, progress = carry
     keys = None if keys_BP is None else jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys_BP, i)
-    if config.report:
-      x, token = report.say(decoder, hidden, keys, config, i, progress.first_X)
-    else:
-      x, token = config.kind_of.step(decoder, hidden, keys, config)
+    x, token = _emit(decoder, config, hidden, keys, i, progress)
     progress = halting.drawn(decoder, config, progress, token, i)
     hidden, cache = slot(x, i + config.opening, cache)
     progress = halting.reached(decoder, config, progress, hidden, i + 1)
@@ -74,6 +71,13 @@ def think(
   states, inputs, tokens = (jnp.moveaxis(a, 0, 2) for a in (states, inputs, tokens))
   thoughts = Thoughts(inputs, tokens, progress.used_X)
   return jnp.concatenate([*around[0], states, *around[1]], axis=2), thoughts, cache
+
+
+def _emit(decoder, config, hidden_BPD, keys_BP, i, progress):
+  """(input_BPD, token_BP) of think token i."""
+  if config.report:
+    return report.say(decoder, hidden_BPD, keys_BP, config, i, progress.first_X)
+  return config.kind_of.step(decoder, hidden_BPD, keys_BP, config)
 
 
 def _steps(step, carry, n, stop, wanted_BP):
