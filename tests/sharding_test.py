@@ -42,11 +42,12 @@ def test_chunks_of_the_readout_are_the_whole_and_keep_rows_in_their_place(monkey
   rng = np.random.default_rng(0)
   hidden, targets = rng.normal(size=(4, 3, 5, 7)).astype(np.float32), rng.integers(0, 7, (4, 3, 5))
   with jax.set_mesh(make_mesh(MeshConfig(**shape))):
-    logp, hit = jax.jit(lambda h, y: readout.target_logp(Head, h, y))(hidden, targets)
+    logp, hit, top = jax.jit(lambda h, y: readout.target_logp(Head, h, y))(hidden, targets)
   double = hidden.astype(np.float64)
   expected = np.take_along_axis(double - np.log(np.exp(double).sum(-1, keepdims=True)), targets[..., None], -1)[..., 0]
   np.testing.assert_allclose(logp, expected, rtol=1e-5)
   np.testing.assert_array_equal(hit, double.argmax(-1) == targets)
+  np.testing.assert_allclose(top, double.max(-1) - np.log(np.exp(double).sum(-1)), rtol=1e-5)
 
 
 class Chip:

@@ -32,7 +32,7 @@ def estimator_faults(goal: ObjectiveConfig, thought: ThoughtConfig) -> list[str]
   """What ways to get at a gradient ask of the thoughts."""
   found = []
   if goal.exact:
-    wanted = dict(kind="sampled", samples=1)
+    wanted = dict(kind="sampled", samples=1, report=0)
     found += [
       f"objective.exact takes every thought of kind 'sampled' once: it needs thought.{name} {value!r}, got "
       f"{getattr(thought, name)!r}"
