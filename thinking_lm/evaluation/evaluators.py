@@ -247,7 +247,7 @@ class Collector:
       reference = reference or found
       rest = (host, self._data.vocabulary, counted_BT, asked_BT)
       self._arms[name].append(_arm(rest, found, reference, changed))
-    self._calibration.append(calibrate(*reference[1:3], asked_BT, reference.report))
+    self._calibration.append(calibrate(reference.top_logp_BT, reference.hit_BT, asked_BT, reference.report))
     if self._mixer.samples:
       drawn = self._timed("draws", self._mixer, params, batch, key, host.weights_BT)
       real_B = host.segments_BT[:, 0] > 0
