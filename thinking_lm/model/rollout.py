@@ -178,7 +178,6 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
   thoughts = jax.tree.map(split, thoughts)
   policy = _policy(decoder, config, split(anchor_BPD), split(hidden_BPXD[:, :, :J]), thoughts)
   trace = _trace(decoder, config, batch, layout, thoughts, policy, logp_BGT, hit_BGT, outcome_BGN)
-  base_BNM = pick(base_logp_BT, plan.target_BNM, 0)
   unit_BN = jnp.broadcast_to(jnp.arange(N), (B, N))
   unit_BT = topology.scatter((B, T), N, layout.anchors_BN, unit_BN)
   trace = trace.replace(
@@ -186,7 +185,7 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
     unit_BT=unit_BT,
     free_BT=jnp.where(unit_BT < N, 0, batch.weights_BT),
     base_logp_BT=base_logp_BT,
-    base_outcome_BN=jnp.sum(base_BNM * weights_BNM, axis=-1),
+    base_outcome_BN=jnp.sum(pick(base_logp_BT, plan.target_BNM, 0) * weights_BNM, axis=-1),
     outcome_hit_BGN=jnp.all(hit_BGNM | (weights_BNM == 0)[:, None], axis=-1),
     top_logp_BGT=put(base_top_BT, top_BGNM[..., 0], layout.anchors_BN),
     report=_report(decoder, config, batch, layout, thoughts, split(anchor_BPD), split(end_BP1D[:, :, 0])),
