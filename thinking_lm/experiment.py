@@ -70,6 +70,7 @@ class ExperimentConfig:
       + rules.objective_faults(self.objective, self.thought)
       + rules.estimator_faults(self.objective, self.thought)
       + rules.answer_faults(self.thought, asks)
+      + rules.mesh_faults(self.mesh.sequence, self.thought)
       + rules.room_faults(self.thought, self.data.sequence_length, self.data.aligned)
     )
 

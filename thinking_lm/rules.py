@@ -65,6 +65,18 @@ def size_faults(goal: ObjectiveConfig, thought: ThoughtConfig, data) -> list[str
   return enumeration.faults(thought, data.vocabulary.size, N) if goal.exact else []
 
 
+def mesh_faults(sequence: int, thought: ThoughtConfig) -> list[str]:
+  """Thoughts that a mesh with so many devices along a row would wait for: they are made one slot after another."""
+  kind = thought.kind_of
+  scored = not kind.serial or (kind.policy and thought.rescore)
+  if sequence in (0, 1) or not thought.length or thought.topology == "private" or scored:
+    return []
+  return [
+    f"mesh.sequence {sequence} splits a row, but persistent thoughts of kind {thought.kind!r} run through it slot by "
+    "slot: use mesh.fsdp or mesh.tensor"
+  ]
+
+
 def answer_faults(thought: ThoughtConfig, asks: bool) -> list[str]:
   """Thoughts before an answer, where the data has none. asks: every row is a prompt without weight, and an answer."""
   if thought.length and thought.placement == "answer" and not asks:

@@ -1,0 +1,64 @@
+"""The same loss and gradients on one device and on eight, for kinds and objectives of every sort."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from thinking_lm import experiment, recipes
+from thinking_lm.errors import ConfigError
+from thinking_lm.training.mesh import MeshConfig, global_batch, make_mesh, shardings
+from thinking_lm.training.step import gradients
+from thinking_lm.types import Carried
+
+SMALL = {
+  "data.source": "task",
+  "data.sequence_length": 0,
+  "data.task.length": 8,
+  "data.task.name": "word_problem",
+  "model.layers": 1,
+  "model.width": 16,
+  "model.heads": 4,
+  "model.kv_heads": 2,
+}
+PRIVATE = {"thought.topology": "private", "thought.lookahead": 2}
+BOTH = dict(data=2, fsdp=2, tensor=2)
+CASES = {
+  "pause along the sequence": ("pause", {}, dict(data=2, sequence=4)),
+  "private jepo along its streams": ("jepo", PRIVATE, dict(data=2, sequence=4)),
+  "soft": ("soft", {}, BOTH),
+  "sampled, drawn and scored": ("nll_only", {}, BOTH),
+}
+
+
+def small(recipe, **values):
+  config = recipes.apply(experiment.default_config(), recipe)
+  config.update_from_flattened_dict(SMALL | values)
+  return experiment.build(experiment.parse(config))
+
+
+def step(built):
+  return jax.jit(lambda params, batch: gradients(built.loss_fn, params, batch, jax.random.key(2), 1, Carried()))
+
+
+@pytest.mark.parametrize("recipe,values,sizes", CASES.values(), ids=CASES)
+def test_one_device_and_eight(recipe, values, sizes):
+  built = small(recipe, **values)
+  params = built.init(jax.random.key(1))
+  rows = next(built.data.batches("train", global_batch=8))
+  grads, metrics = jax.device_get(step(built)(params, jax.tree.map(jnp.asarray, rows)))
+  mesh = make_mesh(MeshConfig(**(dict(data=1) | sizes)))
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(params, shardings(built.axes, params, mesh))
+    many = jax.device_get(step(built)(placed, global_batch(mesh, rows)))
+  scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(grads))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=3e-6 * scale), many[0], grads)
+  np.testing.assert_allclose(many[1]["loss"].total, metrics["loss"].total, rtol=1e-5)
+
+
+def test_what_thinks_slot_after_slot_is_not_split_along_its_row():
+  for recipe, values in (("latent", {}), ("nll_only", {"thought.rescore": False})):
+    with pytest.raises(ConfigError, match=r"mesh.sequence 4 splits a row.*tensor"):
+      small(recipe, **{"mesh.sequence": 4}, **values)
+  for recipe, values in (("latent", {**PRIVATE}), ("pause", {}), ("none", {}), ("nll_only", {})):
+    assert small(recipe, **{"mesh.sequence": 4}, **values).config.mesh.sequence == 4
