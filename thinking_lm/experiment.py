@@ -30,6 +30,7 @@ from thinking_lm.metrics import Mean
 from thinking_lm.model.decoder import Model, ModelConfig
 from thinking_lm.model.enumeration import rollout_every
 from thinking_lm.model.generate import Generation, Sampling, generate
+from thinking_lm.model.need import needed
 from thinking_lm.model.rollout import rollout
 from thinking_lm.objectives.exact import marginal
 from thinking_lm.objectives.health import HealthConfig, History, signs
@@ -112,7 +113,8 @@ PROMPT_MULTIPLE = 32
 class Experiment:
   """The parts of a run, as plain objects and pure functions.
 
-  init: key -> params. axes: logical axis names of every parameter. place: batch -> Layout.
+  init: key -> params. axes: logical axis names of every parameter. place: (params, batch) -> Layout.
+  proxy: the frozen model whose need a placement goes by, and its parameters; None: the model itself.
   rollout: (params, batch, key, given=None, thought=None) -> Trace.
   loss_fn: (params, batch, key, carried) -> (loss summed over targets, metrics).
   """
@@ -120,6 +122,7 @@ class Experiment:
   config: ExperimentConfig
   data: pipeline.Data
   model: Model
+  proxy: tuple[Model, Params] | None = None
 
   @property
   def init(self) -> Callable[[jax.Array], Params]:
@@ -131,22 +134,26 @@ class Experiment:
     """Logical axis names, a dict like the parameters."""
     return self.model.axes
 
-  def place(self, batch: Batch, thought: ThoughtConfig | None = None) -> Layout:
+  def place(self, params: Params, batch: Batch, thought: ThoughtConfig | None = None) -> Layout:
     """Where a batch is thought about; `thought` in place of the config's, for an evaluation."""
-    return place(batch, thought or self.config.thought, self.data.vocabulary, self.data.aligned)
+    thought = thought or self.config.thought
+    if thought.by_need:
+      batch = needed(*(self.proxy or (self.model, params)), batch)
+    return place(batch, thought, self.data.vocabulary, self.data.aligned)
 
   def rollout(
     self, params: Params, batch: Batch, key, given: Thoughts | None = None, thought: ThoughtConfig | None = None
   ) -> Trace:
     """Places and thinks; see `rollout.rollout`."""
     thought = thought or self.config.thought
-    return rollout(self.model, thought, params, batch, self.place(batch, thought), key, given)
+    return rollout(self.model, thought, params, batch, self.place(params, batch, thought), key, given)
 
   def loss_fn(self, params: Params, batch: Batch, key, carried: Carried) -> tuple[jax.Array, dict[str, Mean]]:
     """The loss of a batch, summed over targets, and its metrics."""
     goal, thought = self.config.objective, self.config.thought.at(carried.step)
     if goal.exact:
-      trace, told = marginal(rollout_every(self.model, thought, params, batch, self.place(batch, thought), key)), {}
+      layout = self.place(params, batch, thought)
+      trace, told = marginal(rollout_every(self.model, thought, params, batch, layout, key)), {}
     else:
       trace = self.rollout(params, batch, key, thought=thought)
       told = signs(trace, thought)
@@ -224,7 +231,10 @@ class Experiment:
   def decode(self, sampling: Sampling):
     """The compiled decoder."""
     return jax.jit(
-      functools.partial(generate, self.model, self.config.thought, vocabulary=self.data.vocabulary, sampling=sampling)
+      functools.partial(
+        *(generate, self.model, self.config.thought),
+        **dict(vocabulary=self.data.vocabulary, sampling=sampling, watcher=self.proxy),
+      )
     )
 
   def continuations(
@@ -273,7 +283,18 @@ def build(config: ExperimentConfig, rows: bool = True) -> Experiment:
 
 def _wired(config: ExperimentConfig, data: pipeline.Data) -> Experiment:
   heads = rules.heads(config.thought, config.objective)
-  return Experiment(config, data, Model(config.model, data.vocabulary.size, heads, config.thought.confidences))
+  model = Model(config.model, data.vocabulary.size, heads, config.thought.confidences)
+  return Experiment(config, data, model, _proxy(config.thought, data))
+
+
+def _proxy(thought: ThoughtConfig, data: pipeline.Data) -> tuple[Model, Params] | None:
+  """The frozen model of thought.proxy. Raises ConfigError if it is not there or reads other tokens."""
+  if not thought.proxy:
+    return None
+  built, params, _ = load(thought.proxy, rows=False)
+  if built.data.tokenizer.digest != data.tokenizer.digest:
+    raise ConfigError(f"thought.proxy {thought.proxy} was trained with another tokenizer than this run has")
+  return built.model, params
 
 
 def sketch(config: ExperimentConfig) -> Experiment:

@@ -12,6 +12,7 @@ Terms:
   anchor      a real token after which the model thinks, before it predicts that token's target
   thought     what is emitted at one anchor: J think slots, that is n think tokens and, with delimiters, START and STOP
   placement   WHERE thoughts go: batch -> Layout
+  need        entropy of the next token, nats, by a pass without thoughts: of the model itself or of a frozen proxy
   topology    WHICH keys a slot sees: `persistent` (thoughts stay in context) or `private` (only the thought itself and
               its look-ahead see it)
   kind        WHAT a think token is: pause, latent, soft, noisy, gumbel, sampled
@@ -47,6 +48,7 @@ class Batch:
   weights_BT: float32, weight of that prediction in every loss and metric (0 where there is nothing to predict).
   segments_BT: int32 document number within the row, from 1; 0 is padding. Attention never crosses documents.
   positions_BT: int32 position within the document, or within its piece where a row cuts it, from 0.
+  need_BT: float32, how much a placement by need wants a thought after each token; None where nobody asked.
   ids_B: uint32 global example index (step * global_batch + row): random keys derive from it, so that the numbers do
     not depend on how rows are spread over micro-batches, devices or hosts.
   """
@@ -57,6 +59,7 @@ class Batch:
   segments_BT: jax.Array
   positions_BT: jax.Array
   ids_B: jax.Array
+  need_BT: jax.Array | None = None
 
 
 @struct.dataclass

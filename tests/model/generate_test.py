@@ -10,6 +10,7 @@ import pytest
 
 from thinking_lm.model.decoder import Model, ModelConfig
 from thinking_lm.model.generate import Sampling, generate
+from thinking_lm.model.need import needed
 from thinking_lm.model.rollout import rollout
 from thinking_lm.thoughts.placement import place
 from thinking_lm.thoughts.spec import ThoughtConfig
@@ -48,6 +49,11 @@ def decode(config, sampling=SAMPLING, prompts=PROMPTS, seed=7):
   return jax.tree.map(np.asarray, jax.jit(function)(params(), rows(prompts), key=jax.random.key(seed)))
 
 
+def layout(params, batch, config):
+  """Where the text is thought about by teacher forcing."""
+  return place(needed(MODEL, params, batch) if config.by_need else batch, config, VOCABULARY)
+
+
 def uncached(config, generation, given=None):
   """log p of every drawn token, from one rollout over prompt and continuation."""
   texts = [prompt + list(drawn) for prompt, drawn in zip(PROMPTS, generation.tokens_BX, strict=True)]
@@ -56,12 +62,13 @@ def uncached(config, generation, given=None):
 
   @jax.jit
   def score(params, batch):
-    return rollout(MODEL, config, params, batch, place(batch, config, VOCABULARY), jax.random.key(0), given).logp_BGT
+    return rollout(MODEL, config, params, batch, layout(params, batch, config), jax.random.key(0), given).logp_BGT
 
   logp_BT = np.asarray(score(params(), batch)[:, 0])
   return np.stack([logp[len(p) - 1 : len(p) - 1 + X] for logp, p in zip(logp_BT, PROMPTS, strict=True)]), batch
 
 
+NEED = dict(placement="entropy", room=9, need_above=0.5)
 CASES = [
   ("none", {}),
   ("pause", dict(kind="pause", placement="stride", stride=2, topology="persistent")),
@@ -73,6 +80,8 @@ CASES = [
   ("greedy", dict(kind="sampled", placement="every", topology="persistent", temperature=0.0)),
   ("entropy", dict(kind="latent", placement="every", topology="persistent", halting="entropy", stop_below=1.5)),
   ("entropy", dict(kind="soft", placement="stride", stride=2, topology="private", halting="entropy", stop_below=1.5)),
+  ("need", dict(kind="latent", topology="persistent", **NEED)),
+  ("need", dict(kind="latent", topology="private", **NEED)),
   ("ponder", dict(kind="latent", placement="every", topology="private", halting="ponder", stop_at=0.6)),
   ("router", dict(kind="pause", placement="every", topology="private", halting="router", mixing="probability")),
   ("mixing", dict(kind="latent", placement="stride", stride=2, topology="private", mixing="logit")),
@@ -127,15 +136,16 @@ def test_a_row_does_not_depend_on_its_neighbours():
   np.testing.assert_array_equal(together.thoughts_BXn[0], alone.thoughts_BXn[0])
 
 
-@pytest.mark.parametrize("placement", [dict(placement="stride", stride=2), dict(placement="every")])
+@pytest.mark.parametrize("placement", [dict(placement="stride", stride=2), dict(placement="every"), NEED])
 def test_thoughts_stand_where_the_placement_says(placement):
-  config = ThoughtConfig(length=1, kind="latent", cap=2, **placement)
+  config = ThoughtConfig(length=1, kind="latent", **dict(cap=2, **placement))
   # A text has all of its thoughts, up to the cap, also where a packed row would have room for one only.
   generation = decode(dataclasses.replace(config, room=1))
+  assert generation.thought_BX.any() and not generation.thought_BX.all()
   for b, prompt in enumerate(PROMPTS):
     texts = prompt + list(generation.tokens_BX[b])
     batch = rows([texts])
-    anchors = set(np.asarray(place(batch, config, VOCABULARY).anchors_BN[0]).tolist())
+    anchors = set(np.asarray(layout(params(), batch, config).anchors_BN[0]).tolist())
     live = generation.length_B[b] + 1
     got = {len(prompt) - 1 + i for i in np.flatnonzero(generation.thought_BX[b])}
     assert got == {a for a in anchors if len(prompt) - 1 <= a < len(prompt) - 1 + min(live, X)}

@@ -94,7 +94,7 @@ def test_the_text_config_needs_as_many_slots_as_it_has_tokens_and_thoughts():
   """And the ledger counts the slots that the layout has."""
   built = experiment.build(experiment.parse(text.get_config("latent")))
   batch = jax.tree.map(jnp.asarray, next(built.data.batches("train", global_batch=2)))
-  layout = built.place(batch)
+  layout = built.place(None, batch)
   assert (layout.block, layout.blocks) == (8, 16)
   count = lambda aligned: ledger(ModelConfig(), 257, built.config.thought, 128, aligned=aligned, gradient=False)
   assert count(8) == count(0) == count(16)

@@ -67,7 +67,7 @@ def test_all_faults_are_told_at_once():
 
 
 def test_every_kind_goes_with_every_topology_and_placement():
-  options = dict(explicit=dict(positions=(1,)), sentence=dict(room=2))
+  options = dict(explicit=dict(positions=(1,)), sentence=dict(room=2), entropy=dict(room=2))
   for kind, topology, placement in itertools.product(KINDS, TOPOLOGIES, PLACEMENTS):
     if placement != "none":
       values = dict(kind=kind, topology=topology, placement=placement, length=2, **options.get(placement, {}))

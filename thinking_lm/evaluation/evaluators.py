@@ -31,7 +31,7 @@ class Subject(Protocol):
   data: Any
   model: Any
 
-  def place(self, batch: Batch, thought=None) -> Layout: ...
+  def place(self, params: Params, batch: Batch, thought=None) -> Layout: ...
 
   def rollout(self, params: Params, batch: Batch, key, given: Thoughts | None = None, thought=None) -> Trace: ...
 
@@ -151,9 +151,9 @@ class Runner:
     return source, latest(source), trace.used_BGN.sum(), dropped
 
   def _turn(self, control):
-    def turn(batch, source):
+    def turn(params, batch, source):
       thoughts, changed_BN = control(source)
-      layout = self.subject.place(batch, self.thought)
+      layout = self.subject.place(params, batch, self.thought)
       # Weak types would make `score` compile again for the control that has them.
       thoughts = jax.tree.map(lambda a: jax.lax.convert_element_type(a, a.dtype), thoughts)
       return thoughts, counted(batch, layout, changed_BN, self.thought.topology), changed_BN.sum()
@@ -261,7 +261,7 @@ class Collector:
       return jax.device_get(found), np.ones(batch.tokens_BT.shape, bool), 0
 
     def run():
-      given, counted_BT, changed = self._runner.turn[name](batch, source)
+      given, counted_BT, changed = self._runner.turn[name](params, batch, source)
       return self._runner.score(params, batch, key, given), counted_BT, changed
 
     return jax.device_get(self._timed(name, run))

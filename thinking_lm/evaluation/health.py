@@ -81,7 +81,7 @@ class Examination:
     if thought.kind == "pause":
       return found
     other, changed_BN = shuffled(self._source(own))
-    kept_BT = counted(batch, self._subject.place(batch, thought), changed_BN, thought.topology) * every_BT
+    kept_BT = counted(batch, self._subject.place(params, batch, thought), changed_BN, thought.topology) * every_BT
     replaced = roll(params, batch, self._key, given=other, thought=thought)
     found["effect_shuffled"] = nats(replaced, kept_BT) - nats(own, kept_BT)
     found["thought_rank"] = effective_rank(own.thoughts.inputs_BGNJD[:, 0, :, -1], own.valid_BN)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from thinking_lm.model import need
 from thinking_lm.model.decoder import Cache, Decoder, Model, Seen
 from thinking_lm.model.layers import MASKED
 from thinking_lm.model.readout import predict
@@ -58,11 +59,19 @@ class _State(NamedTuple):
   rotary_B: jax.Array
   thoughts_B: jax.Array
   done_B: jax.Array
+  watched: need.Watched | None
   out: Generation
 
 
 def generate(
-  model: Model, config, params: Params, prompts: Batch, vocabulary: Vocabulary, key, sampling: Sampling
+  model: Model,
+  config,
+  params: Params,
+  prompts: Batch,
+  vocabulary: Vocabulary,
+  key,
+  sampling: Sampling,
+  watcher: tuple[Model, Params] | None = None,
 ) -> Generation:
   """Continues each prompt until its document ends or max_tokens are drawn.
 
@@ -70,24 +79,17 @@ def generate(
     config: a ThoughtConfig; its samples, look-ahead, rescoring and `room` (a bound of packed rows) play no part.
     prompts: rows of one document each from position 0, padded on the right (segment 0); at least one token a row.
     key: together with `prompts.ids_B` it decides what is drawn, for thoughts and real tokens alike.
+    watcher: whose need a placement by need goes by; None: the model itself, in a pass of its own without thoughts.
   """
   decoder = model.bind(params)
+  watcher = (watcher[0].bind(watcher[1]) if watcher else decoder) if config.by_need else None
   fold = jax.vmap(jax.random.fold_in, (0, None))
   keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, prompts.ids_B)
-  state = _prefill(decoder, config, prompts, vocabulary, fold(keys_B, 0), sampling.max_tokens)
-  token_keys_B, think_keys_B = fold(keys_B, 1), fold(keys_B, 2)
+  prompt_keys_B, token_keys_B, think_keys_B = (fold(keys_B, use) for use in range(3))
+  state = _prefill(decoder, config, prompts, vocabulary, prompt_keys_B, sampling.max_tokens, watcher)
 
   def step(state: _State) -> _State:
-    two = lambda a, b: jnp.stack([a, b], axis=1)
-    position_B2 = two(state.position_B - 1, state.position_B)
-    # The prompt's last token predicts the answer's first one: the first target with a weight.
-    asked_B2 = two(jnp.zeros_like(state.token_B), jnp.full_like(state.token_B, state.i == 0))
-    pair = Batch(two(state.before_B, state.token_B), None, asked_B2, jnp.ones_like(position_B2), position_B2, None)
-    marked_B = PLACEMENTS[config.placement](pair, config, vocabulary)[:, -1] & ~state.done_B
-    if config.cap:
-      marked_B &= state.thoughts_B < config.cap
-    if not config.length:
-      marked_B = jnp.zeros_like(marked_B)
+    marked_B, watched = _marked(config, vocabulary, state, watcher, prompts.tokens_BT.shape[1])
     keys = fold(think_keys_B, state.i) if config.random else None
     advance = _private_step if config.topology == "private" else _persistent_step
     cache, segments_BS, base_BD, hidden_BD, thought_Bn = advance(decoder, config, state, marked_B, keys)
@@ -113,10 +115,29 @@ def generate(
       rotary_B=state.rotary_B + 1 + taken,
       thoughts_B=state.thoughts_B + marked_B,
       done_B=done_B,
+      watched=watched,
       out=out,
     )
 
   return jax.lax.while_loop(lambda s: (s.i < sampling.max_tokens) & ~jnp.all(s.done_B), step, state).out
+
+
+def _marked(config, vocabulary, state: _State, watcher, T: int):
+  """(marked_B: who thinks after the newest token, what the watcher has read with it); T: slots of the prompts."""
+  two = lambda a, b: jnp.stack([a, b], axis=1)
+  position_B2 = two(state.position_B - 1, state.position_B)
+  # The prompt's last token predicts the answer's first one: the first target with a weight.
+  asked_B2 = two(jnp.zeros_like(state.token_B), jnp.full_like(state.token_B, state.i == 0))
+  need_B2, watched = None, state.watched
+  if watcher:
+    need_B, watched = need.follow(watcher, watched, state.token_B, state.position_B, T + state.i)
+    need_B2 = two(need_B, need_B)
+  real_B2 = jnp.ones_like(position_B2)
+  pair = Batch(two(state.before_B, state.token_B), None, asked_B2, real_B2, position_B2, None, need_B2)
+  if not config.length:
+    return jnp.zeros_like(state.done_B), watched
+  marked_B = PLACEMENTS[config.placement](pair, config, vocabulary)[:, -1] & ~state.done_B
+  return marked_B & (state.thoughts_B < config.cap) if config.cap else marked_B, watched
 
 
 def _draw(logits_BV, keys_B, sampling: Sampling):
@@ -135,12 +156,16 @@ def _stride(config) -> int:
   return 1 + (config.slots if config.topology == "persistent" else 0)
 
 
-def _prefill(decoder: Decoder, config, prompts: Batch, vocabulary, keys_B, max_tokens: int) -> _State:
+def _prefill(decoder: Decoder, config, prompts: Batch, vocabulary, keys_B, max_tokens: int, watcher) -> _State:
   """The state before the first step: everything of the prompts but their last tokens is in the cache."""
   B, T = prompts.tokens_BT.shape
   length_B = jnp.sum(prompts.segments_BT > 0, axis=1)
   inside_BT = jnp.arange(T) < length_B[:, None] - 1
   batch = prompts.replace(segments_BT=jnp.where(inside_BT, prompts.segments_BT, 0))
+  watched = None
+  if watcher:
+    need_BT, watched = need.begin(watcher, batch, max_tokens)
+    batch = batch.replace(need_BT=need_BT)
   layout = place(batch, dataclasses.replace(config, room=0), vocabulary, aligned=0)
   N = layout.anchors_BN.shape[1]
   thoughts_B = jnp.sum(layout.anchors_BN < T, axis=1)
@@ -175,6 +200,7 @@ def _prefill(decoder: Decoder, config, prompts: Batch, vocabulary, keys_B, max_t
     rotary_B=length_B - 1 + moved_B,
     thoughts_B=thoughts_B,
     done_B=jnp.zeros(B, bool),
+    watched=watched,
     out=Generation(
       tokens_BX=jnp.full((B, X), vocabulary.document, jnp.int32),
       logp_BX=jnp.zeros((B, X)),

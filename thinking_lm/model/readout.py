@@ -44,6 +44,16 @@ def target_logp(decoder, hidden_BXD, targets_BX):
   return _chunked(lambda hidden, targets: _score(decoder.logits(hidden), targets), hidden_BXD, targets_BX)
 
 
+def entropy(decoder, hidden_BXD):
+  """Entropy of the next real token's distribution at each hidden state, float32 nats [B, ...]."""
+
+  def one(hidden, _):
+    logp_XV = jax.nn.log_softmax(decoder.logits(hidden))
+    return -jnp.sum(jnp.exp(logp_XV) * logp_XV, axis=-1)
+
+  return _chunked(one, hidden_BXD, jnp.zeros(hidden_BXD.shape[:-1], jnp.int32))
+
+
 def _score(logits, targets):
   chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
   total = jax.nn.logsumexp(logits, axis=-1)

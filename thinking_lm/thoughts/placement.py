@@ -1,8 +1,9 @@
-"""WHERE thoughts go: batch -> Layout. No parameters, and causal: whether to think after t depends on tokens <= t only.
+"""WHERE thoughts go: batch -> Layout, causally: whether to think after t depends on tokens <= t only.
 
-Each rule is a pure function that marks the tokens to think after; `place` turns the marks into a Layout of static
-shape. Positions and the cap are counted per document, or per piece where a row cuts one, so that it is thought about in
-the same way wherever it stands in a packed row. Only `room` is a bound of the whole row.
+There are no parameters: a need comes with the batch. Each rule is a pure function that marks the tokens to think after;
+`place` turns the marks into a Layout of static shape. Positions and the cap are counted per document, or per piece
+where a row cuts one, so that it is thought about in the same way wherever it stands in a packed row. Only `room` is a
+bound of the whole row.
 """
 
 import jax
@@ -53,7 +54,23 @@ def answer(batch: Batch, config, vocabulary: Vocabulary):
   return weighed_BT & (count_BT - before_BT == 1)
 
 
-PLACEMENTS = dict(answer=answer, none=none, every=every, stride=stride, sentence=sentence, explicit=explicit)
+def entropy(batch: Batch, config, vocabulary: Vocabulary):
+  """After tokens whose need is above config.need_above: where a pass without thoughts is unsure of the next token.
+
+  RPT (arXiv:2506.08007) keeps the tokens whose entropy under a proxy model, over its 16 most likely next tokens, is
+  above a threshold; here it is over all tokens. The k neediest of a row would not be causal: whether the model thinks
+  would tell how unsure it will be later. `thinking_lm.calibrate` prints which share of tokens a threshold marks.
+  """
+  del vocabulary
+  return batch.need_BT > config.need_above
+
+
+PLACEMENTS = dict(
+  none=none, every=every, stride=stride, sentence=sentence, explicit=explicit, answer=answer, entropy=entropy
+)
+
+BY_NEED = ("entropy",)
+"""Placements that read `Batch.need_BT`."""
 
 
 def mark(batch: Batch, config, vocabulary: Vocabulary):

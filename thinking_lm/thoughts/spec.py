@@ -8,7 +8,7 @@ from thinking_lm.config import option
 from thinking_lm.thoughts import halting, report
 from thinking_lm.thoughts.halting import HALTING
 from thinking_lm.thoughts.mixing import MIXING
-from thinking_lm.thoughts.placement import PLACEMENTS
+from thinking_lm.thoughts.placement import BY_NEED, PLACEMENTS
 from thinking_lm.thoughts.tokens import KINDS
 from thinking_lm.thoughts.topology import ROTARY, TOPOLOGIES
 from thinking_lm.types import Thoughts
@@ -27,6 +27,10 @@ class ThoughtConfig:
     "thoughts that a row has room for, the first ones; others are dropped and counted as thoughts_dropped. 0: as many "
     "as there can be (sentence needs a number)",
     low=0,
+  )
+  need_above: float = option(2.0, "placement=entropy: nats of the next token's entropy above which to think", low=0)
+  proxy: str = option(
+    "", "placement=entropy: work directory of a frozen model whose entropy counts; '': the model's own"
   )
   topology: str = option("persistent", "WHICH: who sees a thought", choices=TOPOLOGIES)
   rotary: str = option("anchor", "rotary positions: thoughts advance them, or share their anchor's", choices=ROTARY)
@@ -86,8 +90,12 @@ class ThoughtConfig:
     found += self._schedule_faults() + self._relaxation_faults()
     if self.placement == "explicit" and not self.positions:
       found.append("placement 'explicit' needs positions, such as (3, 7)")
-    if self.length and self.placement == "sentence" and not self.room:
-      found.append("placement 'sentence' needs room: shapes are static, and every token of a row could end a sentence")
+    if self.length and self.placement in ("sentence", "entropy") and not self.room:
+      found.append(
+        f"placement {self.placement!r} needs room: shapes are static, and every token of a row could be marked"
+      )
+    if self.proxy and self.placement not in BY_NEED:
+      found.append(f"proxy is read by placement 'entropy' only, got {self.placement!r}")
     if self.length and kind and self.halting in HALTING and HALTING[self.halting].draws and not kind.discrete:
       found.append(f"halting {self.halting!r} needs kind 'sampled', which can draw STOP; got {self.kind!r}")
     if self.halting in HALTING and self.learns_end and (self.topology != "private" or self.lookahead != 1):
@@ -187,6 +195,11 @@ class ThoughtConfig:
   def may_end(self) -> bool:
     """Whether a thought may use fewer than its n think tokens."""
     return self.may_stop or HALTING[self.halting].odds is not None
+
+  @property
+  def by_need(self) -> bool:
+    """Whether the placement asks for `Batch.need_BT`."""
+    return bool(self.length and self.placement in BY_NEED)
 
   @property
   def learns_end(self) -> bool:
