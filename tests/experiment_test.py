@@ -182,3 +182,17 @@ def test_what_parse_makes_is_what_the_config_says():
 def test_an_unknown_recipe_lists_the_known_ones():
   with pytest.raises(ConfigError, match="unknown recipe 'latnet'; known: gumbel, hybrid"):
     recipes.apply(experiment.default_config(), "latnet")
+
+
+def test_the_temperature_of_gumbel_falls_with_the_steps_and_changes_the_gradient_only():
+  built = small("gumbel", **{"thought.temperature_end": 0.2, "thought.temperature_steps": 10})
+  params, batch = built.init(jax.random.key(0)), first(built, 2)
+  run = jax.jit(
+    lambda step: jax.value_and_grad(lambda p: built.loss_fn(p, batch, jax.random.key(0), Carried(step=step))[0])(params)
+  )
+  (start, first_slope), (end, last_slope), (later, same_slope) = (run(jnp.int32(step)) for step in (0, 10, 99))
+  assert start == end == later
+  norm = lambda tree: float(sum(jnp.abs(leaf).sum() for leaf in jax.tree.leaves(tree)))
+  difference = lambda a, b: norm(jax.tree.map(jnp.subtract, a, b))
+  assert difference(first_slope, last_slope) > 0.01 * norm(first_slope)
+  assert difference(same_slope, last_slope) == 0

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from thinking_lm.analysis.flops import causal_keys, ledger
+from thinking_lm import experiment
+from thinking_lm.analysis.flops import causal_keys, ledger, training_flops
 from thinking_lm.model.decoder import Model, ModelConfig
 from thinking_lm.model.rollout import rollout
 from thinking_lm.thoughts.placement import place
@@ -78,3 +79,27 @@ def test_what_a_thought_adds():
   assert one.base == four.base == plain.base
   np.testing.assert_allclose(four.think, 4 * one.think)
   np.testing.assert_allclose(four.draw, 4 * one.draw)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"objective.exact": True},
+    {"objective.score_weight": 1.0, "objective.control": 0.5, "thought.relaxation": 2.0, "thought.samples": 2},
+  ],
+)
+def test_every_thought_and_relaxed_copies_within_six_percent(changes):
+  """One anchor of an S3 word problem: 7 thoughts in one part."""
+  values = experiment.default_config()
+  values.update_from_flattened_dict(
+    {"data.source": "task", "data.task.name": "word_problem", "data.task.length": 16, "data.sequence_length": 0}
+    | {"model.layers": 1, "model.width": 256, "train.batch_size": 2, "thought.kind": "sampled", "thought.length": 1}
+    | {"thought.topology": "private", "thought.placement": "explicit", "thought.positions": (15,)}
+    | changes
+  )
+  built = experiment.build(experiment.parse(values))
+  batch = next(built.data.batches("train", global_batch=2))
+  loss = lambda params, batch: built.loss_fn(params, batch, jax.random.key(0), experiment.Carried())[0]
+  got = jax.jit(jax.grad(loss)).lower(built.model.shapes, batch).compile().cost_analysis()["flops"]
+  ours = training_flops(built.config, built.data.vocabulary.size, built.data.sequence_length)
+  np.testing.assert_allclose(got, ours, rtol=0.06)
