@@ -37,7 +37,7 @@ from thinking_lm.thoughts.topology import TOPOLOGIES
     (dict(samples=0), "config.samples must be at least 1, got 0"),
     (dict(kind="dream"), "unknown name 'dream'; known: "),
     (dict(topology="public"), "unknown name 'public'; known: persistent, private"),
-    (dict(placement="never"), "unknown name 'never'; known: none, every, stride, sentence, explicit"),
+    (dict(placement="never"), "unknown name 'never'; known: "),
     (dict(rotary="none"), "unknown name 'none'; known: advance, anchor"),
     (dict(halting="soon"), "unknown name 'soon'; known: "),
     (dict(delimiters=1), "config.delimiters must be bool, got 1 (int)"),
