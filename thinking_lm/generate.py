@@ -71,16 +71,18 @@ def main(argv) -> None:
   tokenizer, shown = subject.data.tokenizer, _THOUGHTS.value == "shown"
   for row, prompt in enumerate(prompts):
     print(f"--- {row + 1} of {len(prompts)}: {display.inline(prompt) or '(a fresh document)'}")
-    print(display.continuation(tokenizer, made, row, shown, sys.stdout.isatty()))
+    print(display.continuation(tokenizer, made, row, shown, sys.stdout.isatty(), subject.model.confidence))
   drawn, thought = int(made.length_B.sum()), int((made.thoughts_BXn >= 0).sum())
   print(
     f"--- step {step}: {drawn} real tokens, {thought} think tokens, {seconds:.1f} s with compilation", file=sys.stderr
   )
   if _OUTPUT.value:
-    _write(prompts, made, tokenizer)
+    _write(prompts, made, tokenizer, subject.model.confidence)
 
 
-def _write(prompts, made, tokenizer) -> None:
+def _write(prompts, made, tokenizer, confidence) -> None:
+  from thinking_lm.evaluation import display
+
   lines = []
   for row, prompt in enumerate(prompts):
     length = int(made.length_B[row])
@@ -93,6 +95,9 @@ def _write(prompts, made, tokenizer) -> None:
       logp=made.logp_BX[row, :length].tolist(),
       thoughts={int(i): made.thoughts_BXn[row, i].tolist() for i in made.thought_BX[row].nonzero()[0]},
     )
+    said = {i: display.pairs(tokens, confidence) for i, tokens in record["thoughts"].items()}
+    if any(said.values()):
+      record["reports"] = said
     lines.append(json.dumps(record) + "\n")
   try:
     pathlib.Path(_OUTPUT.value).write_text("".join(lines))

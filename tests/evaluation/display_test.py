@@ -3,7 +3,7 @@
 import numpy as np
 
 from thinking_lm.data.tokenizer import ByteTokenizer
-from thinking_lm.evaluation.display import continuation, inline, safe
+from thinking_lm.evaluation.display import continuation, inline, pairs, safe
 from thinking_lm.model.generate import Generation
 
 TOKENIZER = ByteTokenizer()
@@ -35,6 +35,15 @@ def test_thoughts_stand_before_the_token_they_led_to():
   assert continuation(TOKENIZER, generation, 0, thoughts=False, colour=False) == "abc"
   assert continuation(TOKENIZER, generation, 0, thoughts=True, colour=False) == "⟨x\\n⟩ab⟨|y⟩c⟨z⟩"
   assert continuation(TOKENIZER, generation, 0, thoughts=True, colour=True).startswith("\x1b[2m⟨x")
+
+
+def test_a_report_is_read_as_probabilities():
+  said = [ord("x"), -1, ord("a"), 1007, 256, 1000, ord("\n"), 1010]
+  generation = made(b"a", {}).replace(thought_BX=np.array([[True, False]]), thoughts_BXn=np.array([[said, [-1] * 8]]))
+  confidence = lambda token: (token - 1000) / 10 if token >= 1000 else None
+  assert pairs(said, confidence) == [(ord("a"), 0.7), (256, 0.0), (ord("\n"), 1.0)]
+  text = continuation(TOKENIZER, generation, 0, thoughts=True, colour=False, confidence=confidence)
+  assert text == '⟨x P("a")=0.7, P("|")=0, P("\\n")=1⟩a'
 
 
 def test_a_character_of_several_bytes_is_shown_whole():

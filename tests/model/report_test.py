@@ -165,6 +165,7 @@ def test_decoding_reports_and_equals_the_rollout(halting):
 def test_only_models_that_report_have_rows_for_it():
   assert Model(MODEL.config, V).shapes["embedding"].shape == (V + 3, 16)
   assert MODEL.shapes["embedding"].shape == (V + 3 + K, 16)
+  assert [MODEL.confidence(row) for row in range(V, V + 7)] == [None, None, None, 0.0, 0.5, 1.0, None]
 
 
 @pytest.mark.parametrize(

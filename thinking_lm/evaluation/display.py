@@ -5,7 +5,7 @@ Model output is untrusted. What is not printable becomes its escape (`\x1b`), by
 
 import codecs
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from thinking_lm.model.generate import Generation
 
@@ -26,10 +26,21 @@ def inline(data: bytes) -> str:
   return safe(data).replace("\n", "\\n").replace("\t", "\\t")
 
 
-def continuation(tokenizer, generation: Generation, row: int, thoughts: bool, colour: bool) -> str:
+def continuation(
+  tokenizer,
+  generation: Generation,
+  row: int,
+  thoughts: bool,
+  colour: bool,
+  confidence: Callable[[int], float | None] = lambda token: None,
+) -> str:
   """A row's generated text; with `thoughts`, each thought stands in brackets before the token it led to.
 
-  A latent or pause thought shows the real tokens that the head reads off its think slots.
+  A latent or pause thought shows the real tokens that the head reads off its think slots, one that reports ends in
+  `P("a")=0.7` for each pair, as it was said.
+
+  Args:
+    confidence: what a token of a report stands for, None for other tokens; see `Model.confidence`.
   """
   length = int(generation.length_B[row])
   tokens = generation.tokens_BX[row]
@@ -39,7 +50,7 @@ def continuation(tokenizer, generation: Generation, row: int, thoughts: bool, co
   pieces, characters, before = [], codecs.getincrementaldecoder("utf-8")("replace"), b""
   for i in range(min(length + 1, len(tokens))):
     if generation.thought_BX[row, i]:
-      pieces.append(opening + inline(_words(tokenizer, generation.thoughts_BXn[row, i])) + closing)
+      pieces.append(opening + inline(_words(tokenizer, generation.thoughts_BXn[row, i], confidence)) + closing)
     if i < length:
       after = tokenizer.decode(tokens[: i + 1])  # what a token adds can depend on those before it
       pieces.append(safe(characters.decode(after[len(before) :]).encode()))
@@ -47,6 +58,18 @@ def continuation(tokenizer, generation: Generation, row: int, thoughts: bool, co
   return "".join(pieces)
 
 
-def _words(tokenizer, tokens: Sequence[int]) -> bytes:
+def pairs(tokens: Sequence[int], confidence: Callable[[int], float | None]) -> list[tuple[int, float]]:
+  """The candidates of a thought's report and how sure it says it is of each."""
+  tokens = [int(token) for token in tokens if token >= 0]
+  sure = [confidence(token) for token in tokens]
+  return [(tokens[i - 1], said) for i, said in enumerate(sure) if i and said is not None]
+
+
+def _words(tokenizer, tokens: Sequence[int], confidence) -> bytes:
   border = tokenizer.vocabulary.document
-  return b"".join(b"|" if token == border else tokenizer.decode([token]) for token in tokens if token >= 0)
+  said = pairs(tokens, confidence)
+  tokens = [int(token) for token in tokens if token >= 0]
+  word = lambda token: b"|" if token == border else tokenizer.decode([token])
+  free = b"".join(map(word, tokens[: len(tokens) - 2 * len(said)]))
+  report = b", ".join(b'P("%s")=%.3g' % (word(token), sure) for token, sure in said)
+  return b" ".join(filter(None, (free, report))) if said else free

@@ -146,6 +146,10 @@ class Layer(nnx.Module):
     return x + product("down", jax.nn.silu(product("gate", h)) * product("up", h))
 
 
+CONTROL_ROWS = 3
+"""START, STOP and PAUSE."""
+
+
 class Decoder(nnx.Module):
   """The decoder over a vocabulary of real tokens and three control rows: START, STOP and PAUSE.
 
@@ -163,7 +167,7 @@ class Decoder(nnx.Module):
   ):
     self.config, self.vocabulary_size, self.confidences = config, vocabulary_size, confidences
     D, multiple = config.width, config.vocabulary_multiple
-    rows = -(-(vocabulary_size + 3 + confidences) // multiple) * multiple
+    rows = -(-(vocabulary_size + CONTROL_ROWS + confidences) // multiple) * multiple
     self.embedding = parameter(rngs, (rows, D), ("vocab", "embed"), D**-0.5)
     stack = nnx.vmap(
       lambda rngs: Layer(config, rngs), axis_size=config.layers, transform_metadata={nnx.PARTITION_NAME: "layers"}
@@ -196,7 +200,7 @@ class Decoder(nnx.Module):
   @property
   def lowest(self) -> int:
     """Row of confidence 0; those above it follow."""
-    return self.vocabulary_size + 3
+    return self.vocabulary_size + CONTROL_ROWS
 
   def embed(self, tokens):
     """Embeddings [..., D] of ids [...]; of unit mean square at initialisation, like the final norm's output."""
@@ -276,6 +280,11 @@ class Model:
   def init(self, key) -> Params:
     """Fresh parameters."""
     return nnx.to_pure_dict(nnx.split(self._fresh(key))[1])
+
+  def confidence(self, token: int) -> float | None:
+    """What a row says in a report, in [0, 1]; None for rows that are no confidence."""
+    place = token - self.vocabulary_size - CONTROL_ROWS
+    return place / (self.confidences - 1) if 0 <= place < self.confidences else None
 
   def _fresh(self, key) -> Decoder:
     return Decoder(self.config, self.vocabulary_size, nnx.Rngs(params=key), self.heads, self.confidences)
