@@ -37,6 +37,7 @@ def total(forecasts):
 def test_measures_by_hand_and_their_sum():
   forecast_RX, came_RX = RNG.random((7, 9)), RNG.random((7, 9)) < 0.4
   counted_RX = RNG.random((7, 9)) < 0.7
+  forecast_RX[0], counted_RX[0] = [0.0, 0.01, 0.02, 0.03, 0.97, 0.98, 0.99, 1.0, 1.0], True  # the last bin is closed
   found = total(Forecasts.of(forecast_RX, came_RX, counted_RX))
   expected = by_hand(forecast_RX[counted_RX].tolist(), came_RX[counted_RX].tolist())
   assert {name: found[name] for name in expected} == pytest.approx(expected)
