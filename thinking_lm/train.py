@@ -8,6 +8,8 @@ written, 75 stopped by a signal with everything saved, 78 wrong config. After 74
 started again.
 """
 
+import dataclasses
+
 from absl import flags, logging
 from ml_collections import config_flags
 
@@ -33,6 +35,7 @@ def main(argv) -> None:
   import jax
 
   from thinking_lm import experiment
+  from thinking_lm.analysis import chips, flops
   from thinking_lm.training import loop, workdir
 
   try:
@@ -47,7 +50,8 @@ def main(argv) -> None:
   for name, count in built.data.counts.items():
     if count:
       logging.warning("data: %d %s", count, name.replace("_", " "))
-  loop.train(built.run(), _WORKDIR.value)
+  work = flops.work(config, built.data.vocabulary.size, built.data.sequence_length, chips.peak(jax.devices()))
+  loop.train(dataclasses.replace(built.run(), work=work), _WORKDIR.value)
   path = workdir.resolve(_WORKDIR.value)
   places = dict(checkpoints="checkpoints", metrics="metrics.jsonl", tensorboard="tensorboard")
   for name, place in places.items():

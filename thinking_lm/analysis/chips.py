@@ -7,6 +7,7 @@ TPU compiler of libtpu 0.0.42.1 itself allows a program ("available HBM" in its 
 
 import os
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -55,6 +56,12 @@ QUIET = dict(
 def by_kind(kind: str) -> Chip | None:
   """The chip whose devices call themselves so, if the table has it."""
   return next((chip for chip in CHIPS.values() if chip.kind == kind), None)
+
+
+def peak(devices: Sequence) -> float:
+  """bf16 FLOP/s of all devices together; 0 if the table does not know one of them."""
+  found = [by_kind(device.device_kind) for device in devices]
+  return sum(chip.flops for chip in found) if all(found) else 0.0
 
 
 def pod(topology: str, slices: int = 1) -> tuple[Chip, list[jax.Device]]:

@@ -12,6 +12,7 @@ from thinking_lm.model.enumeration import CHUNK
 from thinking_lm.thoughts import enumeration
 from thinking_lm.thoughts.placement import blocks, capacity
 from thinking_lm.thoughts.spec import ThoughtConfig
+from thinking_lm.training.writers import Work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +162,11 @@ def plain_floor(config, vocabulary_size: int, T: int) -> float:
   """`Ledger.floor` of a training step on the same real tokens without any thought."""
   without = dataclasses.replace(config.thought, length=0)
   return training_ledger(dataclasses.replace(config, thought=without), vocabulary_size, T).floor
+
+
+def work(config, vocabulary_size: int, T: int, peak: float) -> Work:
+  """A training step's Work on devices of so many FLOP/s together."""
+  return Work(training_ledger(config, vocabulary_size, T).floor, plain_floor(config, vocabulary_size, T), peak)
 
 
 def slots(thought: ThoughtConfig, T: int, aligned: int) -> tuple[int, int]:

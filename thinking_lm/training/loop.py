@@ -121,8 +121,9 @@ class Board:
     step: int,
     attempt: int,
     watch: Watch | None = None,
+    work: writers.Work | None = None,
   ):
-    self._config, self._progress, self._watch = config, progress, watch
+    self._config, self._progress, self._watch, self._work = config, progress, watch, work
     if watch is not None:  # in every process: an alarm that stops the run must stop all of them
       watch.replay([row for row in writers.read_rows(path / "metrics.jsonl") if row["step"] <= step])
     self._pending: tuple[int, dict] | None = None
@@ -158,7 +159,9 @@ class Board:
     if skips:
       logging.warning("step %d was skipped: its loss or gradient is not finite (%d in a row)", step, skips)
     if step % self._config.log_every == 0 or step == self._config.steps:
-      self.write(step, {**writers.derived(metrics), **self.clocks.read()})
+      rates = self.clocks.read()
+      rates |= self._work.rates(rates["steps_per_second"]) if self._work else {}
+      self.write(step, {**writers.derived(metrics), **rates})
     if skips > self._config.max_skips:
       raise DivergedError(
         f"{skips} steps in a row up to step {step} had a non-finite loss or gradient (train.max_skips is "
@@ -191,7 +194,7 @@ class Run:
 
   init_fn: key -> parameters. axes: see `mesh.shardings`. loss_fn: see `step.LossFn`. data: see `Data`.
   carry_init, carry_update: what the objective carries from step to step; see `state.CarryInit` and `step.CarryFn`.
-  watch: what looks at every row and raises alarms.
+  watch: what looks at every row and raises alarms. work: the FLOPs of a step, for its rates.
   resolved_config: nested dict of JSON values, what `config.json` will say and what another start must agree with.
   record: what every checkpoint's manifest says besides, for its readers.
   """
@@ -210,6 +213,7 @@ class Run:
   carry_init: state_lib.CarryInit = state_lib.nothing
   carry_update: CarryFn = unchanged
   watch: Watch | None = None
+  work: writers.Work | None = None
 
 
 def train(run: Run, path: str) -> state_lib.TrainState:
@@ -338,7 +342,7 @@ def _train(run: Run, session: _Session) -> state_lib.TrainState:
       progress.say(f"{'going on from' if start else 'starting at'} step {start} in {path}")
       session.record("running")
       attempt = session.status.attempt if session.status else 0
-      with contextlib.closing(Board(path, run.train, progress, start, attempt, run.watch)) as board:
+      with contextlib.closing(Board(path, run.train, progress, start, attempt, run.watch, run.work)) as board:
         return _steps(run, session, board, made.step, state)
 
 

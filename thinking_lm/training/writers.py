@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import tensorboardX
 import tqdm
@@ -20,7 +21,16 @@ from thinking_lm.training import storage
 LEADING = ("loss", "bits_per_byte")
 """What a line begins with, where it is there; the other metrics follow by name."""
 
-ROWS_ONLY = ("nats", "bytes", "real_tokens", "think_tokens", "param_norm", "update_norm", "skips_in_a_row")
+ROWS_ONLY = (
+  "needed_flops_per_second",
+  "nats",
+  "bytes",
+  "real_tokens",
+  "think_tokens",
+  "param_norm",
+  "update_norm",
+  "skips_in_a_row",
+)
 """Metrics that stand in the rows but not in the lines: what is shown derives from them, or they seldom matter."""
 
 
@@ -131,6 +141,26 @@ class Clocks:
     self._start, self._counts = time.monotonic(), {}
     self._waits = dict.fromkeys(self._waits, 0.0)
     return values
+
+
+class Work(NamedTuple):
+  """FLOPs of a training step, as `analysis.flops` counts them, and what the devices could do.
+
+  needed: `Ledger.floor`, thinking included. plain: the floor of the same real tokens without thoughts. peak: FLOP/s of
+  all devices in bf16; 0 where it is not known, and then there is no MFU.
+  """
+
+  needed: float
+  plain: float
+  peak: float = 0.0
+
+  def rates(self, steps_per_second: float) -> dict[str, float]:
+    """needed_flops_per_second, and shares of the peak: mfu_thinking, and mfu_real for the real tokens alone."""
+    found = dict(needed_flops_per_second=self.needed * steps_per_second)
+    if self.peak:
+      found["mfu_thinking"] = self.needed * steps_per_second / self.peak
+      found["mfu_real"] = self.plain * steps_per_second / self.peak
+    return found
 
 
 def derived(metrics: Mapping[str, Mean]) -> dict[str, float]:
