@@ -86,17 +86,17 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
   sys.exit(UsageError.exit_code)
 
 
-def run(main: Callable[[Sequence[str]], object]) -> None:
+def run(main: Callable[[Sequence[str]], object], names: bool = False) -> None:
   """`absl.app.run` for a command of ours: a ThinkingLMError becomes its lines on stderr and its exit code.
 
-  What libraries log below a warning is not shown, unless --verbosity asks for it.
+  names: whether there may be arguments without --, for `main` to read. What libraries log below a warning is not shown, unless --verbosity asks for it.
   """
 
   def guarded(argv: Sequence[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)
     try:
-      if len(argv) > 1:
+      if len(argv) > 1 and not names:
         raise UsageError(f"unexpected argument {argv[1]!r}; options start with --, see --help")
       main(argv)
     except ThinkingLMError as error:

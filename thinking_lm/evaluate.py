@@ -12,6 +12,9 @@ Thoughts, one line of the table each:
   shuffled  another sequence's: of the nearest earlier row that thinks at the same anchor number
   moved     another position's: of the anchor before, in the same row
 
+--thought changes where, how and how long the same parameters think: placements compare at equal numbers of thoughts
+(`thinking_lm.frontier` prints them side by side), and any thought can be ended early by its entropy.
+
 `minus own` is what replacing the model's own thoughts costs, in nats per token, on the targets that count under both.
 Thoughts that are drawn also get log-mean-exp over K draws.
 
@@ -23,6 +26,7 @@ Exit codes: 0 done, 64 wrong command line, 65 damaged data or checkpoints, 73 th
 config.
 """
 
+import dataclasses
 import datetime
 import functools
 import shlex
@@ -48,6 +52,9 @@ _PLACES = dict(
   validation_input=flags.DEFINE_string("validation_data", "", "The same for data.validation_input."),
   test_input=flags.DEFINE_string("test_data", "", "The same for data.test_input."),
   tokenizer=flags.DEFINE_string("tokenizer", "", "Where the run's tokenizer lies now, as in data.tokenizer."),
+)
+_THOUGHT = flags.DEFINE_list(
+  "thought", [], "Options of the thought section for this evaluation, such as placement=entropy,need_above=1.5,room=32."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of the thoughts that are drawn.", lower_bound=0, upper_bound=2**32 - 1)
 
@@ -88,6 +95,7 @@ def main(argv) -> None:
   subject, params, step = experiment.load(
     _WORKDIR.value, _AVERAGED.value, places={name: flag.value for name, flag in _PLACES.items()}
   )
+  subject = subject.rethought(_THOUGHT.value)
   if not subject.data.rows(_SPLIT.value):
     full = [name for name in subject.data.splits if subject.data.rows(name)]
     raise ConfigError(f"this run's data has no {_SPLIT.value} rows; there are {', '.join(full)}")
@@ -114,7 +122,7 @@ def main(argv) -> None:
   print(summary.table(values, positions=_POSITIONS.value))
   print(f"\nintervals: {summary.INTERVALS}")
   print(_draw(path, step, values["calibration"]))
-  print(f"written: {_write(path, step, subject.data.digest, values)}")
+  print(f"written: {_write(path, step, subject, values)}")
 
 
 def _title(path, step: int, thought, values: dict[str, Any]) -> str:
@@ -127,7 +135,8 @@ def _title(path, step: int, thought, values: dict[str, Any]) -> str:
 
 
 def _name(step: int) -> str:
-  return f"{_SPLIT.value}-{step}" + ("-averaged" if _AVERAGED.value else "")
+  changes = "".join(f"-{change.replace('/', '_')}" for change in _THOUGHT.value)
+  return f"{_SPLIT.value}-{step}" + ("-averaged" if _AVERAGED.value else "") + changes
 
 
 def _draw(path, step: int, calibration: dict[str, Any] | None) -> str:
@@ -153,7 +162,7 @@ def _put(file, write) -> None:
     raise WorkdirError(f"cannot write {file}: {error}") from error
 
 
-def _write(path, step: int, digest: str, values: dict[str, Any]):
+def _write(path, step: int, subject, values: dict[str, Any]):
   """Writes the result, whole or not at all. Returns its path."""
   from thinking_lm.training import storage, workdir
 
@@ -165,7 +174,8 @@ def _write(path, step: int, digest: str, values: dict[str, Any]):
     limit=_LIMIT.value or None,
     batch_size=_BATCH.value,
     seed=_SEED.value,
-    data=digest,
+    data=subject.data.digest,
+    thought=dataclasses.asdict(subject.config.thought),
     code=workdir.code_version(),
     written=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     **values,

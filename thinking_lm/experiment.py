@@ -211,6 +211,28 @@ class Experiment:
     """The same experiment with other config sections, on the same data and model."""
     return dataclasses.replace(self, config=dataclasses.replace(self.config, **sections))
 
+  def rethought(self, changes: Sequence[str]) -> "Experiment":
+    """The same data and parameters with other options of the thought section, each as `name=value`.
+
+    Raises ConfigError: of the options, or because these thoughts need a head that was not trained.
+    """
+    if not changes:
+      return self
+    values = dataclasses.asdict(self.config.thought)
+    for change in changes:
+      name, _, text = change.partition("=")
+      old = values.get(name, "")
+      read = dict([(bool, lambda text: text == "true"), (tuple, lambda text: tuple(map(int, text.split("+"))))])
+      try:
+        values[name] = read.get(type(old), type(old))(text)
+      except ValueError as error:
+        raise ConfigError(f"thought.{name} is a {type(old).__name__}, got {text!r}") from error
+    thought = config_lib.parse(ThoughtConfig, values)
+    missing = set(rules.heads(thought, self.config.objective)) - set(self.model.heads)
+    if missing:
+      raise ConfigError(f"these thoughts need heads that this run has not trained: {', '.join(sorted(missing))}")
+    return dataclasses.replace(self._with(thought=thought), proxy=_proxy(thought, self.data))
+
   def generate(self, params: Params, prompts: Sequence[bytes], key, sampling: Sampling) -> Generation:
     """Continues texts; row b of the result (numpy leaves) belongs to prompts[b]. An empty prompt is a fresh document.
 

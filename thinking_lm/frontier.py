@@ -3,9 +3,9 @@
   python -m thinking_lm.evaluate --workdir=RUN --split=test --controls=own,none      (once for each run)
   python -m thinking_lm.frontier [--split=test] RUN...
 
-Prints one line for each run, cheapest first. A star marks the runs that no other one beats: none of the others predicts
-better with as few think tokens. Runs that differ in objective.price, thought.length, thought.halting or
-thought.placement alone trace a frontier; placements compare at equal think tokens.
+Prints one line for each evaluation at a run's latest step, cheapest first. A star marks those that no other one beats:
+none of the others predicts better with as few think tokens. Runs that differ in objective.price alone trace a frontier;
+so do evaluations of one run with other thoughts (`evaluate --thought=...`), placements at equal numbers of them.
 
 Exit codes: 0 done, 64 wrong command line, 65 damaged evaluation, 78 not an evaluated run.
 """
@@ -15,7 +15,7 @@ from absl import flags
 from thinking_lm import errors
 from thinking_lm.errors import UsageError
 
-_SPLIT = flags.DEFINE_string("split", "test", "Which evaluation of each run: the latest of this split.")
+_SPLIT = flags.DEFINE_string("split", "test", "Which split's evaluations.")
 
 
 def main(argv) -> None:
@@ -24,8 +24,8 @@ def main(argv) -> None:
     raise UsageError("name one work directory or more; see --help")
   from thinking_lm.evaluation import frontier
 
-  print(frontier.table([frontier.read(run, _SPLIT.value) for run in argv[1:]]))
+  print(frontier.table([point for run in argv[1:] for point in frontier.read(run, _SPLIT.value)]))
 
 
 if __name__ == "__main__":
-  errors.run(main)
+  errors.run(main, names=True)

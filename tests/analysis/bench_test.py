@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from thinking_lm.analysis import bench, bench_plain
+from thinking_lm.analysis import bench, bench_halting, bench_plain
 from thinking_lm.analysis import bench_problem as problem
 from thinking_lm.analysis.bench import Bar, Case, Result, Variant, measure, over_floor, ratio, record, table
 
@@ -74,6 +74,14 @@ def test_the_decoder_by_hand_is_ours():
 def test_the_plain_suite_can_be_traced():
   for variant in bench_plain.variants(V=17, B=4, T=8):
     assert jax.eval_shape(variant.function, *variant.arguments) and variant.flops and variant.tokens == 32
+
+
+def test_the_halting_suite_can_be_traced_and_its_lengths_are_those_of_the_loop():
+  for variant in bench_halting.variants(2):
+    assert jax.eval_shape(variant.function, *variant.arguments).shape == (2, bench_halting.TOKENS)
+  random = np.random.default_rng(0)
+  ends = np.minimum(random.geometric(0.2, size=(20_000, 3)) - 1, bench_halting.n)
+  np.testing.assert_allclose(bench_halting.lengths(0.2, 3), (ends.mean(), ends.max(axis=1).mean()), rtol=0.03)
 
 
 def test_an_unknown_suite_is_told(monkeypatch):

@@ -12,7 +12,7 @@ from thinking_lm.evaluation.summary import aligned, text
 
 
 class Point(NamedTuple):
-  """One run: its name, what it set, think tokens per target, and [value, low, high] of its reference's arm."""
+  """One evaluation: its run, how it thinks, think tokens per target, and [value, low, high] of its reference's arm."""
 
   run: str
   settings: str
@@ -21,26 +21,23 @@ class Point(NamedTuple):
   accuracy: Sequence[float | None] | None
 
 
-def read(run: str, split: str) -> Point:
-  """The latest evaluation of a split in a work directory. Raises ConfigError if there is none, DataError if damaged."""
+def read(run: str, split: str) -> list[Point]:
+  """The evaluations of a split at the latest step. Raises ConfigError if there is none, DataError if one is damaged."""
   path = epath.Path(run)
-  found = (
-    [
-      (int(match[1]), file)
-      for file in sorted((path / "evaluation").glob(f"{split}-*.json"))
-      if (match := re.fullmatch(rf"{split}-(\d+)\.json", file.name))
-    ]
-    if (path / "evaluation").exists()
-    else []
-  )
-  if not found:
+  files = sorted((path / "evaluation").iterdir()) if (path / "evaluation").exists() else []
+  found = [(re.fullmatch(rf"{split}-(\d+)(-.*)?\.json", file.name), file) for file in files]
+  steps = [(int(match[1]), file) for match, file in found if match]
+  if not steps:
     raise ConfigError(
       f"{run} has no evaluation of {split!r}: python -m thinking_lm.evaluate --workdir={run} --split={split}"
     )
-  file = max(found)[1]
+  return [_point(path, file) for step, file in steps if step == max(steps)[0]]
+
+
+def _point(path: epath.Path, file: epath.Path) -> Point:
   try:
     values, config = (json.loads(each.read_text()) for each in (file, path / "config.json"))
-    arm, thought = values["arms"][values["reference"]], config["thought"]
+    arm, thought = values["arms"][values["reference"]], values["thought"]
     parts = ("placement", "topology", "kind", "length", "halting")
     settings = " ".join(str(thought[part]) for part in parts) if thought["length"] else "none"
     if price := config["objective"]["price"]:
@@ -48,9 +45,7 @@ def read(run: str, split: str) -> Point:
     think = values["think_tokens"] / max(arm["targets"], 1)
     return Point(path.name, settings, think, arm["nats_per_token"], arm["accuracy"])
   except (ValueError, KeyError, OSError) as error:
-    raise DataError(
-      f"{file} or {path / 'config.json'} is not what a run and its evaluation leave: {error!r}"
-    ) from error
+    raise DataError(f"{file} or the config of its run is not what `evaluate` leaves: {error!r}") from error
 
 
 def best(points: Sequence[Point]) -> list[bool]:
@@ -66,7 +61,7 @@ def best(points: Sequence[Point]) -> list[bool]:
 
 
 def table(points: Sequence[Point]) -> str:
-  """One line for each run, cheapest first; a star where it is on the frontier."""
+  """One line for each evaluation, cheapest first; a star where it is on the frontier."""
   ordered = sorted(points, key=lambda point: point.think)
   rows = [("", "run", "think/target", "nats/token", "accuracy", "thoughts")]
   for point, star in zip(ordered, best(ordered), strict=True):

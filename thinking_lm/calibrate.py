@@ -1,0 +1,54 @@
+"""Which need marks which share of the tokens: thresholds for a placement by need, from past data.
+
+  python -m thinking_lm.calibrate --workdir=DIR [--split=train] [--rows=256]
+
+Prints, for a few shares, the next-token entropy (nats, without thoughts) that this share of the tokens is above by the
+run's model: a value for thought.need_above, and how many thoughts it makes in a row at most of the rows looked at, for
+thought.room. The run may be the one that thinks, or the frozen one that thought.proxy names.
+
+Exit codes: 0 done, 64 wrong command line, 65 damaged data or checkpoints, 78 wrong config.
+"""
+
+import functools
+
+from absl import flags
+
+from thinking_lm import errors
+from thinking_lm.errors import UsageError
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a trained run.")
+_SPLIT = flags.DEFINE_string("split", "train", "Data that thresholds come from; not what is evaluated later.")
+_ROWS = flags.DEFINE_integer("rows", 256, "How many rows are looked at.", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch_size", 32, "Rows at once; changes memory and speed only.", lower_bound=1)
+
+SHARES = (0.5, 0.25, 0.125, 0.0625, 0.03125)
+
+
+def main(argv) -> None:
+  """Loads, looks, prints."""
+  del argv
+  if not _WORKDIR.value:
+    raise UsageError("--workdir=DIR is needed; see --help")
+  import jax
+  import numpy as np
+
+  from thinking_lm import experiment
+  from thinking_lm.evaluation.summary import aligned
+  from thinking_lm.model.need import needed
+
+  subject, params, step = experiment.load(_WORKDIR.value)
+  look = jax.jit(functools.partial(needed, subject.model))
+  needs, real = [], []
+  for batch in subject.data.evaluation_batches(_SPLIT.value, batch_size=_BATCH.value, limit=_ROWS.value):
+    needs.append(np.asarray(look(params, batch).need_BT))
+    real.append(batch.segments_BT > 0)
+  need_RT, real_RT = np.concatenate(needs), np.concatenate(real)
+  rows = [("share of tokens", "thought.need_above", "most in a row")]
+  for share in SHARES:
+    above = float(np.quantile(need_RT[real_RT], 1 - share))
+    rows.append((f"1 / {1 / share:g}", f"{above:.4f}", str(int(((need_RT > above) & real_RT).sum(axis=1).max()))))
+  print(f"step {step} of {_WORKDIR.value}, {int(real_RT.sum())} tokens of {_SPLIT.value}\n{aligned(rows)}")
+
+
+if __name__ == "__main__":
+  errors.run(main)
