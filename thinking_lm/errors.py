@@ -89,7 +89,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 def run(main: Callable[[Sequence[str]], object], names: bool = False) -> None:
   """`absl.app.run` for a command of ours: a ThinkingLMError becomes its lines on stderr and its exit code.
 
-  names: whether there may be arguments without --, for `main` to read. What libraries log below a warning is not shown, unless --verbosity asks for it.
+  What libraries log below a warning is not shown, unless --verbosity asks for it. names: whether there may be
+  arguments without --, which `main` reads.
   """
 
   def guarded(argv: Sequence[str]) -> None:

@@ -34,6 +34,7 @@ def test_the_latest_step_of_the_split_counts(tmp_path):
   run = write(tmp_path, 3, 7.0, step=10)
   write(tmp_path, 4, 7.0, step="10-length=1")
   assert [point.think for point in frontier.read(run, "test")] == [0.4, 0.3]
+  assert frontier.read(run, "test")[0].run == tmp_path.name + "-length=1"
   assert [point.nats[0] for point in frontier.read(run, "validation")] == [9.0]
 
 

@@ -12,7 +12,9 @@ from thinking_lm.evaluation.summary import aligned, text
 
 
 class Point(NamedTuple):
-  """One evaluation: its run, how it thinks, think tokens per target, and [value, low, high] of its reference's arm."""
+  """One evaluation: its run and what `--thought` changed, how it thinks, think tokens per target, and the reference's
+  [value, low, high] of each.
+  """
 
   run: str
   settings: str
@@ -26,15 +28,15 @@ def read(run: str, split: str) -> list[Point]:
   path = epath.Path(run)
   files = sorted((path / "evaluation").iterdir()) if (path / "evaluation").exists() else []
   found = [(re.fullmatch(rf"{split}-(\d+)(-.*)?\.json", file.name), file) for file in files]
-  steps = [(int(match[1]), file) for match, file in found if match]
+  steps = [(int(match[1]), match[2] or "", file) for match, file in found if match]
   if not steps:
     raise ConfigError(
       f"{run} has no evaluation of {split!r}: python -m thinking_lm.evaluate --workdir={run} --split={split}"
     )
-  return [_point(path, file) for step, file in steps if step == max(steps)[0]]
+  return [_point(path, file, changes) for step, changes, file in steps if step == max(steps)[0]]
 
 
-def _point(path: epath.Path, file: epath.Path) -> Point:
+def _point(path: epath.Path, file: epath.Path, changes: str) -> Point:
   try:
     values, config = (json.loads(each.read_text()) for each in (file, path / "config.json"))
     arm, thought = values["arms"][values["reference"]], values["thought"]
@@ -43,7 +45,7 @@ def _point(path: epath.Path, file: epath.Path) -> Point:
     if price := config["objective"]["price"]:
       settings += f" price {price:g}"
     think = values["think_tokens"] / max(arm["targets"], 1)
-    return Point(path.name, settings, think, arm["nats_per_token"], arm["accuracy"])
+    return Point(path.name + changes, settings, think, arm["nats_per_token"], arm["accuracy"])
   except (ValueError, KeyError, OSError) as error:
     raise DataError(f"{file} or the config of its run is not what `evaluate` leaves: {error!r}") from error
 
