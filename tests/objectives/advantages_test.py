@@ -92,6 +92,15 @@ def test_scaling_of_rewards(name):
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
+def test_linear_members_add_what_is_added_to_one_reward(name):
+  """A_g = r_g - b(others): more for g alone is as much more in A_g. True of members that say so, and of no others."""
+  more_BGN = np.zeros_like(REWARD_BGN)
+  more_BGN[:, 1] = 0.37
+  difference_BN = (of(name, REWARD_BGN + more_BGN) - of(name, REWARD_BGN))[:, 1]
+  assert np.allclose(difference_BN, 0.37, rtol=1e-9) == ADVANTAGES[name].linear
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
 def test_samples_are_exchangeable_and_groups_are_independent(name):
   order = [2, 0, 3, 1]
   whole = of(name, REWARD_BGN)
