@@ -165,3 +165,13 @@ def experiment_batch(built):
   from thinking_lm.training.mesh import MeshConfig, abstract_batch
 
   return abstract_batch(make_mesh(MeshConfig(data=1, fsdp=-1)), 2, built.data.sequence_length)
+
+
+def test_weights_travel_and_activations_stay():
+  """Under fsdp alone, parameters are gathered, forward and backward, and the few numbers of the rows."""
+  built = sketch("none", **{"mesh.data": 1, "mesh.fsdp": 8, "mesh.tensor": 1, "data.sequence_length": 256})
+  plan = planned(built, ["train"])
+  activations = 4 * 16 * 256 * 32  # of one layer's input, all rows
+  gathered = plan.parts["train"].collectives["all-gather"].bytes
+  assert gathered < 4 * 4 * plan.parameters
+  assert gathered < activations, "or the bound above says nothing"
