@@ -10,6 +10,7 @@ from tests.evaluation.harness import KEY, THOUGHT, make, run
 from thinking_lm.errors import ConfigError
 from thinking_lm.evaluation import draws as draws_lib
 from thinking_lm.evaluation import evaluators
+from thinking_lm.evaluation.controls import CONTROLS, Source
 from thinking_lm.objectives import objective
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.types import Batch
@@ -92,6 +93,19 @@ def test_every_control_puts_other_thoughts_in_and_counts_what_it_changed(topolog
     np.testing.assert_array_equal(arm.reference.count_R, arm.sums.count_R)
     kept = arm.sums.count_R > 0
     assert (np.abs(arm.sums.nats_R - arm.reference.nats_R)[kept] > 1e-3).all(), name
+
+
+@pytest.mark.parametrize(("topology", "rescore"), [("private", True), ("persistent", False)])
+def test_pause_lasts_as_long_as_the_thought_in_whose_place_it_stands(topology, rescore):
+  thought = dict(kind="sampled", length=3, halting="stop", topology=topology, rescore=rescore)
+  subject, params, runner = make(thought=thought)
+  batch = next(subject.data.evaluation_batches("validation", batch_size=13))
+  own = jax.jit(functools.partial(subject.rollout, thought=runner.thought))(params, batch, KEY)
+  turned, changed_BN = CONTROLS["pause"](Source(own.thoughts, own.valid_BN, params["embedding"][0], None, None))
+  score = lambda given: subject.rollout(params, batch, KEY, given=given, thought=runner.thought)
+  paused = jax.jit(score)(turned)
+  assert changed_BN.all() and len(np.unique(own.used_BGN)) > 1
+  np.testing.assert_array_equal(paused.used_BGN, own.used_BGN)
 
 
 def test_pause_in_place_of_pause_is_no_change_at_all():
