@@ -2,8 +2,9 @@
 
   python -m thinking_lm.evaluate --workdir=DIR [--split=validation] [--controls=own,none] [--samples=1,8,32]
 
-Prints a table and writes everything, intervals included, to DIR/evaluation/SPLIT-STEP.json. The same command gives the
-same numbers again. Accuracy is by teacher forcing: the real tokens before each target are given.
+Prints a table and writes everything, intervals included, to DIR/evaluation/SPLIT-STEP.json; results on other data than
+the run's (--data) go to files of their own. The same command gives the same numbers again. Accuracy is by teacher
+forcing: the real tokens before each target are given.
 
 Thoughts, one line of the table each:
   own       the model's own, drawn once
@@ -121,8 +122,9 @@ def main(argv) -> None:
   print(_title(path, step, subject.config.thought, values))
   print(summary.table(values, positions=_POSITIONS.value))
   print(f"\nintervals: {summary.INTERVALS}")
-  print(_draw(path, step, values["calibration"]))
-  print(f"written: {_write(path, step, subject, values)}")
+  name = _name(path, step, subject.data.digest)
+  print(_draw(path, name, step, values["calibration"]))
+  print(f"written: {_write(path, name, step, subject, values)}")
 
 
 def _title(path, step: int, thought, values: dict[str, Any]) -> str:
@@ -134,12 +136,17 @@ def _title(path, step: int, thought, values: dict[str, Any]) -> str:
   return f"{which}; thoughts: {what}\n{values['split']}: {counts}, {seconds:.1f} s\n"
 
 
-def _name(step: int) -> str:
+def _name(path, step: int, digest: str) -> str:
+  """What the result's files are called."""
+  from thinking_lm.evaluation import summary
+  from thinking_lm.training.checkpoint import read_manifest
+
+  trained_on = read_manifest(path / "checkpoints" / str(step))["identity"]["data"]
   changes = "".join(f"-{change.replace('/', '_')}" for change in _THOUGHT.value)
-  return f"{_SPLIT.value}-{step}" + ("-averaged" if _AVERAGED.value else "") + changes
+  return summary.file_name(_SPLIT.value, step, _AVERAGED.value, digest, trained_on) + changes
 
 
-def _draw(path, step: int, calibration: dict[str, Any] | None) -> str:
+def _draw(path, name: str, step: int, calibration: dict[str, Any] | None) -> str:
   """Draws the reliability diagram and says where it is, or why there is none."""
   from thinking_lm.evaluation import diagram
 
@@ -148,7 +155,7 @@ def _draw(path, step: int, calibration: dict[str, Any] | None) -> str:
   picture = diagram.reliability(calibration, f"{path.name}, step {step}, {_SPLIT.value}")
   if picture is None:
     return diagram.MISSING
-  file = path / "evaluation" / f"{_name(step)}-reliability.png"
+  file = path / "evaluation" / f"{name}-reliability.png"
   _put(file, lambda: file.write_bytes(picture))
   return f"drawn: {file}"
 
@@ -162,11 +169,11 @@ def _put(file, write) -> None:
     raise WorkdirError(f"cannot write {file}: {error}") from error
 
 
-def _write(path, step: int, subject, values: dict[str, Any]):
+def _write(path, name: str, step: int, subject, values: dict[str, Any]):
   """Writes the result, whole or not at all. Returns its path."""
   from thinking_lm.training import storage, workdir
 
-  file = path / "evaluation" / f"{_name(step)}.json"
+  file = path / "evaluation" / f"{name}.json"
   record = dict(
     command=shlex.join(["python", "-m", "thinking_lm.evaluate", *sys.argv[1:]]),
     step=step,

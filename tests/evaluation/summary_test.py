@@ -8,7 +8,7 @@ from thinking_lm.evaluation.calibration import Calibration, Forecasts
 from thinking_lm.evaluation.draws import Draws
 from thinking_lm.evaluation.evaluators import Arm, Evaluation, RowSums
 from thinking_lm.evaluation.intervals import ratio, wilson
-from thinking_lm.evaluation.summary import summarise, table
+from thinking_lm.evaluation.summary import file_name, summarise, table
 
 
 def sums(nats, count, hits):
@@ -91,3 +91,8 @@ def test_the_table_is_aligned_and_says_everything():
   crowded = table(summarise(evaluation(dropped=2), tagging=True, task=True))
   assert crowded.endswith("2 thoughts found no room in their rows and are left out: see thought.room")
   assert "accuracy at" not in table(summarise(evaluation(), tagging=True, task=True))
+
+
+def test_results_on_other_data_do_not_replace_those_on_the_runs_own():
+  assert file_name("test", 3, False, "ab" * 32, "ab" * 32) == "test-3"
+  assert file_name("test", 3, True, "ab" * 32, "cd" * 32) == "test-3-averaged-data-abababab"

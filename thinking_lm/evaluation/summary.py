@@ -106,6 +106,11 @@ def _json(interval: Interval | None) -> list[float | None] | None:
   return [None if x is None or not math.isfinite(x) else float(x) for x in interval]
 
 
+def file_name(split: str, step: int, averaged: bool, data: str, trained_on: str) -> str:
+  """Name of a result's files, without an ending; results on other data than the run's (by digest) have names of their own."""
+  return f"{split}-{step}" + averaged * "-averaged" + (data != trained_on) * f"-data-{data[:8]}"
+
+
 def table(summary: Mapping[str, Any], positions: bool = False) -> str:
   """The summary in aligned columns: [low, high] is the interval of the value before it."""
   reference = summary["reference"]
