@@ -107,7 +107,7 @@ def _json(interval: Interval | None) -> list[float | None] | None:
 
 
 def file_name(split: str, step: int, averaged: bool, data: str, trained_on: str) -> str:
-  """What a result's files are called, without an ending; those on other data than the run's (by digest) have own names."""
+  """What a result's files are called, without an ending; those on other data than the run's (by digest) otherwise."""
   return f"{split}-{step}" + averaged * "-averaged" + (data != trained_on) * f"-data-{data[:8]}"
 
 
