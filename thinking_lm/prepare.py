@@ -136,7 +136,8 @@ def _manifest(job: Job, directory: epath.Path) -> prepared.Manifest:
   """The manifest to go on from; compares what is there with the job."""
   found, fresh = prepared.read_manifest(directory), job.manifest()
   if found is None:
-    strange = sorted(path.name for path in directory.iterdir() if not path.name.startswith("shard-"))
+    there = directory.iterdir() if directory.exists() else ()  # in an object store, mkdir makes nothing
+    strange = sorted(path.name for path in there if not path.name.startswith("shard-"))
     strange = [name for name in strange if name != f"{prepared.MANIFEST}.partial"]
     if strange:
       raise ConfigError(f"{directory} is not empty ({strange[0]}) and no output of prepare; choose another --output")

@@ -328,7 +328,8 @@ class Checkpoints:
       if rest.name != UNFINISHED:
         rest.rmtree() if rest.is_dir() else rest.unlink()
     (path / UNFINISHED).unlink(missing_ok=True)
-    path.rmdir()
+    if path.exists():  # in an object store, a directory is gone with the last file in it
+      path.rmdir()
 
   def check(self) -> None:
     """Raises SaveError as soon as a save is known to have failed; called at every step."""
