@@ -4,8 +4,10 @@ Purpose: under a proper score the best report is the truth; under a 0/1 score an
 Command: python -m thinking_lm.train --config=configs/bernoulli.py[:RECIPE] --workdir=runs/bernoulli
   [--config.objective.scoring=zero_one], then python -m thinking_lm.evaluate --workdir=runs/bernoulli: its table of
   calibration has the ECE of the report.
-Cost: see below.
-Measured: not run yet.
+Cost: about 0.15 CPU-seconds a step.
+Measured: not run to its end. Seed 0 at batch_size 32, stopped at step 200 of 300: the Brier score of the reports of a
+  batch was -0.355 (the truth's is -0.340, that of "one half" always -0.500), and -0.367 with scoring=zero_one, a
+  difference within the noise of a batch. The tables of tests/objectives/scores_test.py show both directions.
 """
 
 from thinking_lm import experiment, recipes

@@ -34,6 +34,7 @@ def get_config(recipe="latent"):
   if config.thought.length:
     config.thought.placement = "explicit"
     config.thought.positions = (SIGNS + 1,)  # the document's border, the signs, the equals sign
+  if config.thought.length and not config.objective.score_weight:  # a policy's recipe has an end of its own
     config.thought.topology = "private"
     config.thought.length = 8
     config.thought.halting = "ponder"
