@@ -1,5 +1,6 @@
 """The need of a token is the next one's entropy without thoughts, and knows only its document so far."""
 
+import dataclasses
 import functools
 
 import jax
@@ -56,6 +57,11 @@ def test_the_neediest_tokens_are_thought_about_and_what_finds_no_room_is_counted
     assert got[got < problem.T].tolist() == anchors[:4].tolist()
     assert layout.dropped_B[b] == max(len(anchors) - 4, 0)
   assert 0 < marked.sum() < (problem.BATCH.segments_BT > 0).sum()
+
+
+def test_nobody_asks_for_a_need_without_thoughts():
+  plain = dataclasses.replace(LATENT, length=0)
+  assert not plain.by_need and place(problem.BATCH, plain, problem.VOCABULARY).anchors_BN.shape == (5, 0)
 
 
 def test_no_gradient_flows_through_the_need():

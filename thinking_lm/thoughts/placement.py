@@ -135,7 +135,7 @@ def place(batch: Batch, config, vocabulary: Vocabulary, aligned: int = 1) -> Lay
   """
   T = batch.tokens_BT.shape[1]
   N = capacity(config, T, aligned)
-  marked_BT = mark(batch, config, vocabulary)
+  marked_BT = mark(batch, config, vocabulary) if config.length else jnp.zeros(batch.tokens_BT.shape, bool)
   anchors_BN = jax.lax.sort(jnp.where(marked_BT, jnp.arange(T), T), dimension=1)[:, :N].astype(jnp.int32)
   dropped_B = None
   if config.length and markable(config, T, aligned) > N:
