@@ -40,6 +40,7 @@ PRIVATE = dict(
   noisy=(TIED, Private(kind="noisy", top_k=3, delimiters=True, rescore=False)),
   gumbel=(TIED, Private(kind="gumbel", samples=2, delimiters=True, lookahead=2)),
   sampled=(UNTIED, Private(kind="sampled", samples=2, temperature=0.7, lookahead=2)),
+  sampled_delimited=(TIED, Private(kind="sampled", samples=2, delimiters=True, rotary="advance")),
   scanned=(UNTIED, Private(kind="sampled", samples=2, temperature=0.7, lookahead=2, rescore=False)),
 )
 CASES = {f"persistent-{name}": case for name, case in PERSISTENT.items()}

@@ -52,6 +52,7 @@ class ModelConfig:
   )
   compute_dtype: str = option("float32", "type of activations and matrix products", choices=DTYPES)
   query_blocks: int = option(1, "attention in so many blocks of queries, which skip the keys after them", low=1)
+  unroll: int = option(1, "layers of one loop body: more are faster on a CPU without remat, and compile longer", low=1)
   remat: str = option("none", "what the backward pass recomputes", choices=REMAT)
   vocabulary_multiple: int = option(1, "rows of the embedding table are rounded up to a multiple of this", low=1)
 
@@ -246,6 +247,11 @@ class Decoder(nnx.Module):
     Returns:
       (hidden_BPQD after the final norm, Cache of this call's keys and values [L, B, P, Q, K, E]).
     """
+    x, cache, _ = self.layered(x_BPQD, positions_BPQ, mask_BPQQ, past, own, keep=False)
+    return self.final_norm(x), cache
+
+  def layered(self, x_BPQD, positions_BPQ, mask_BPQQ, past=None, own=None, keep: bool = True):
+    """The same without the final norm: (x_BPQD after the last layer, Cache, inputs_LBPQD of every layer or None)."""
     graph, layers = nnx.split(self.layers)
 
     def body(x, scanned):
@@ -254,12 +260,14 @@ class Decoder(nnx.Module):
         None if seen is None else Keys(cache.k, cache.v, seen.mask_BPQS)
         for seen, cache in ((past, past_cache), (own, own_cache))
       )
-      x, new = nnx.merge(graph, params)(x, positions_BPQ, mask_BPQQ, *sets)
-      return constrain(x, *ACTIVATIONS), new
+      y, new = nnx.merge(graph, params)(x, positions_BPQ, mask_BPQQ, *sets)
+      return constrain(y, *ACTIVATIONS), (Cache(*new), x if keep else None)
 
     caches = (None if seen is None else seen.cache for seen in (past, own))
-    x, (k, v) = jax.lax.scan(REMAT[self.config.remat](body), constrain(x_BPQD, *ACTIVATIONS), (layers, *caches))
-    return self.final_norm(x), Cache(k, v)
+    start = constrain(x_BPQD, *ACTIVATIONS)
+    scanned = (layers, *caches)
+    x, made = jax.lax.scan(REMAT[self.config.remat](body), start, scanned, unroll=self.config.unroll)
+    return x, *made
 
 
 class Model:

@@ -11,7 +11,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from thinking_lm.model.decoder import Cache, Model, Seen
+from thinking_lm.model import replay
+from thinking_lm.model.decoder import Model, Seen
 from thinking_lm.model.readout import mixed_logp, policy, several_logp, target_logp, weight
 from thinking_lm.model.thinking import empty_cache, stream_serial, think
 from thinking_lm.thoughts import halting, relaxed, report, topology
@@ -147,22 +148,24 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
   B, T = batch.tokens_BT.shape
   G, N, J = config.samples, layout.anchors_BN.shape[1], config.slots
   plan = topology.private(batch, layout, J, config.lookahead, config.rotary)
-  slot_T = jnp.arange(T)
-  mask = topology.sees(batch.segments_BT, batch.segments_BT, slot_T, slot_T)
-  base_B1TD, prefix = decoder(decoder.embed(batch.tokens_BT)[:, None], batch.positions_BT[:, None], mask)
-  base_logp_BT, base_hit_BT, base_top_BT = target_logp(decoder, base_B1TD[:, 0], batch.targets_BT)
-
+  mask = topology.sees(batch.segments_BT, batch.segments_BT, jnp.arange(T), jnp.arange(T))
   tile = lambda a: jnp.tile(a, (1, G, *[1] * (a.ndim - 2)))  # the P = G N streams are ordered (g, n)
   split = lambda a: a.reshape(B, G, N, *a.shape[2:])
   pick = lambda a, index, fill: topology.take(a, index.reshape(B, -1), fill).reshape(B, N, -1)
-  past = Seen(Cache(prefix.k[:, :, 0], prefix.v[:, :, 0]), tile(plan.prefix_BNT)[:, :, None])
-  anchor_BPD = tile(_gather(base_B1TD[:, 0], layout.anchors_BN))
+  anchors = lambda hidden_B1TD: tile(_gather(hidden_B1TD[:, 0], layout.anchors_BN))
   ahead_BPAD = decoder.embed(tile(pick(batch.tokens_BT, plan.ahead_BNA, 0)))
   keys_BP = None if keys_BGN is None else keys_BGN.reshape(B, G * N)
   given = None if given is None else jax.tree.map(lambda a: a.reshape(B, G * N, *a.shape[3:]), given)
-  hidden_BPXD, thoughts = _side_by_side(
-    decoder, drawer, config, anchor_BPD, ahead_BPAD, tile(plan.positions_BNX), keys_BP, past, given
-  )
+  prefix_BP1T = tile(plan.prefix_BNT)[:, :, None]
+  facts = replay.Pass(batch.positions_BT[:, None], mask, tile(plan.positions_BNX), None, prefix_BP1T)
+  x_B1TD = decoder.embed(batch.tokens_BT)[:, None]
+  inputs = (x_B1TD, anchors, ahead_BPAD, keys_BP, facts)
+  if given is None and drawer is not None:
+    (base_B1TD, hidden_BPXD), thoughts, prefix = _drawn(decoder, drawer, config, *inputs)
+  else:
+    (base_B1TD, hidden_BPXD), thoughts, prefix = _made(decoder, config, *inputs, given)
+  anchor_BPD = anchors(base_B1TD)
+  base_logp_BT, base_hit_BT, base_top_BT = target_logp(decoder, base_B1TD[:, 0], batch.targets_BT)
 
   weights_BNM = pick(batch.weights_BT, plan.target_BNM, 0)
   targets_BPM = tile(pick(batch.targets_BT, plan.target_BNM, 0))
@@ -170,8 +173,7 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
   readout_BPMD = jnp.concatenate([end_BP1D, hidden_BPXD[:, :, J:]], axis=2)
   without_BPMD = tile(_gather(base_B1TD[:, 0], plan.target_BNM.reshape(B, -1)).reshape(B, N, config.lookahead, -1))
   logp_BGNM, hit_BGNM, top_BGNM = map(split, mixed_logp(decoder, config, without_BPMD, readout_BPMD, targets_BPM))
-  put = jax.vmap(lambda base_T, new_N, at_N: base_T.at[at_N].set(new_N, mode="drop"))  # over rows
-  put = jax.vmap(put, (None, 1, None), 1)  # over samples
+  put = jax.vmap(jax.vmap(lambda base_T, new_N, at_N: base_T.at[at_N].set(new_N, mode="drop"), (None, 0, None)))
   logp_BGT = put(base_logp_BT, logp_BGNM[..., 0], layout.anchors_BN)
   hit_BGT = put(base_hit_BT, hit_BGNM[..., 0], layout.anchors_BN)
   outcome_BGN = jnp.sum(logp_BGNM * weights_BNM[:, None], axis=-1)
@@ -193,10 +195,9 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
   if config.relaxation and drawer is not None:
     before_BPD = hidden_BPXD[:, :, 0] if config.opening else anchor_BPD
     copies = _relaxed(decoder, drawer, config, before_BPD, thoughts.tokens_BGNJ.reshape(B, G * N), keys_BP)
-    stopped = jax.lax.stop_gradient((anchor_BPD, ahead_BPAD, past))
-    hidden = _side_by_side(drawer, None, config, *stopped[:2], tile(plan.positions_BNX), None, stopped[2], copies)[0]
-    relaxed_BGNM = split(target_logp(drawer, hidden[:, :, J - 1 :], targets_BPM)[0]) * weights_BNM[:, None]
-    trace = trace.replace(relaxed_BGN=jnp.where(trace.valid_BN[:, None], relaxed_BGNM.sum(axis=-1), 0.0))
+    relaxed_BPM = _constant_logp(drawer, config, anchor_BPD, ahead_BPAD, facts, prefix, copies, targets_BPM)
+    relaxed_BGN = jnp.sum(split(relaxed_BPM) * weights_BNM[:, None], axis=-1)
+    trace = trace.replace(relaxed_BGN=jnp.where(trace.valid_BN[:, None], relaxed_BGN, 0.0))
   learned = _learned(decoder, config, anchor_BPD, hidden_BPXD, readout_BPMD, targets_BPM, tile(weights_BNM))
   trace = trace.replace(**jax.tree.map(split, learned))
   if config.lookahead > 1:
@@ -214,30 +215,67 @@ def _relaxed(decoder, drawer, config, before_BPD, tokens_BP, keys_BP) -> Thought
   return Thoughts(drawer.mix(weights_BPV.astype(before_BPD.dtype))[:, :, None], tokens_BP[..., None])
 
 
-def _side_by_side(decoder, drawer, config, anchor_BPD, ahead_BPAD, positions_BPX, keys_BP, past, given):
+def _constant_logp(drawer, config, anchor_BPD, ahead_BPAD, facts, prefix, copies, targets_BPM):
+  """log p of the targets after other thoughts, which are all that gradients flow to."""
+  anchor, ahead, past = jax.lax.stop_gradient((anchor_BPD, ahead_BPAD, facts.past(prefix)))
+  hidden = _side_by_side(drawer, config, anchor, ahead, facts.positions_BPX, None, past, copies)[0]
+  return target_logp(drawer, hidden[:, :, config.slots - 1 :], targets_BPM)[0]
+
+
+def _drawn(decoder, drawer, config, x_B1TD, anchors, ahead_BPAD, keys_BP, facts):
+  """Draws, and scores what was drawn without running it again.
+
+  Returns:
+    ((hidden_B1TD of the real tokens, hidden_BPXD of think slots and look-ahead tokens), Thoughts [B, P, ...], Cache of
+    the real tokens, without gradient).
+  """
+  x, ahead, A = *jax.lax.stop_gradient((x_B1TD, ahead_BPAD)), ahead_BPAD.shape[2]
+  drawn, end_B1TD, prefix, base, draft = replay.draw(drawer, config, x, anchors, facts.positions_BPX, keys_BP, facts)
+  thoughts = _actions(decoder, config, drawn)
+  end_BPXD, ahead_inputs = jnp.moveaxis(draft.end_JBPD, 0, 2), None
+  if A:
+    end_BPAD, ahead_inputs = replay.ahead(drawer, ahead, _live(drawer, config, drawn), facts, prefix, draft)
+    end_BPXD = jnp.concatenate([end_BPXD, end_BPAD], axis=2)
+  facts = facts._replace(mask_BPXX=_think_mask(drawer, config, drawn, A))
+  slots_BPXD = jnp.concatenate([_wrap(decoder, config, thoughts), ahead_BPAD], axis=2)
+  kept = replay.Kept(base, draft.inputs_LJBPD, ahead_inputs)
+  hidden = replay.replayed(decoder, x_B1TD, slots_BPXD, facts, kept, (end_B1TD, end_BPXD))
+  return hidden, thoughts, prefix
+
+
+def _made(decoder, config, x_B1TD, anchors, ahead_BPAD, keys_BP, facts, given):
+  """The same for thoughts that are given, or made with gradients through every step."""
+  base_B1TD, prefix = decoder(x_B1TD, facts.positions_B1T, facts.mask_B1TT)
+  streams = (anchors(base_B1TD), ahead_BPAD, facts.positions_BPX, keys_BP, facts.past(prefix), given)
+  hidden_BPXD, thoughts = _side_by_side(decoder, config, *streams)
+  return (base_B1TD, hidden_BPXD), thoughts, prefix
+
+
+def _side_by_side(decoder, config, anchor_BPD, ahead_BPAD, positions_BPX, keys_BP, past, given):
   """(hidden_BPXD of the J think slots and A look-ahead tokens of P private streams, Thoughts [B, P, ...])."""
   (B, P, A, _), J = ahead_BPAD.shape, config.slots
-  fresh = Seen(empty_cache(decoder, B, P, J), jnp.zeros((1, 1, 1, 0), bool))
-  positions_BPJ = positions_BPX[:, :, :J]
-  if given is None and drawer is not None:
-    anchor, shared = jax.lax.stop_gradient((anchor_BPD, past))
-    drawn = think(drawer, config, anchor, positions_BPJ, keys_BP, shared, fresh)[1]
-    given = _actions(decoder, config, drawn)
-  every = config.learns_end  # then all ends are scored, and all slots exist
-  live = lambda thoughts: (jnp.arange(J) <= _last(decoder, config, thoughts)[..., None]) | every  # [B, P, J]
   if given is not None:
     x = jnp.concatenate([_wrap(decoder, config, given), ahead_BPAD], axis=2)
-    mask = (
-      jnp.tril(jnp.ones((J + A, J + A), bool))
-      & jnp.pad(live(given), [(0, 0)] * 2 + [(0, A)], constant_values=True)[:, :, None]
-    )
-    return decoder(x, positions_BPX, mask, past)[0], given
-  hidden, thoughts, cache = think(decoder, config, anchor_BPD, positions_BPJ, keys_BP, past, fresh)
+    return decoder(x, positions_BPX, _think_mask(decoder, config, given, A), past)[0], given
+  fresh = Seen(empty_cache(decoder, B, P, J), jnp.zeros((1, 1, 1, 0), bool))
+  hidden, thoughts, cache = think(decoder, config, anchor_BPD, positions_BPX[:, :, :J], keys_BP, past, fresh)
   if A:
-    own = Seen(cache, live(thoughts)[:, :, None])
+    own = Seen(cache, _live(decoder, config, thoughts)[:, :, None])
     causal = jnp.tril(jnp.ones((A, A), bool))[None, None]
     hidden = jnp.concatenate([hidden, decoder(ahead_BPAD, positions_BPX[:, :, J:], causal, past, own)[0]], axis=2)
   return hidden, thoughts
+
+
+def _live(decoder, config, thoughts):
+  """live_BPJ: the think slots of a private thought up to its end; all of them where all ends are scored."""
+  return (jnp.arange(config.slots) <= _last(decoder, config, thoughts)[..., None]) | config.learns_end
+
+
+def _think_mask(decoder, config, thoughts, A):
+  """mask_BPXX: a slot or look-ahead token sees those before it and itself, and no slot behind the thought's end."""
+  X = config.slots + A
+  live_BPX = jnp.pad(_live(decoder, config, thoughts), [(0, 0), (0, 0), (0, A)], constant_values=True)
+  return jnp.tril(jnp.ones((X, X), bool)) & live_BPX[:, :, None]
 
 
 def _end(config, anchor_BPD, hidden_BPXD, used_BP):

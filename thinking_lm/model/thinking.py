@@ -19,8 +19,10 @@ def think(
   positions_BPJ,
   keys_BP,
   past: Seen | None,
-  own: Seen,
+  own: Seen | None,
   wanted_BP=None,
+  run=None,
+  memory=None,
 ):
   """Emits one thought in each of P streams, one slot after the other.
 
@@ -30,34 +32,29 @@ def think(
     own: keys of each stream, of which the last J slots are free for the thought; mask [B, P, 1, W - J] of the others.
     wanted_BP: bool, for decoding: steps are run until each of these thoughts has ended. None: all n steps are run,
       which gradients can flow through.
+    run, memory: another way to run slot j: (x_BPD, j, memory) -> (hidden_BPD, memory), in place of `positions_BPJ`,
+      `past` and `own`.
 
   Returns:
-    (hidden_BPJD of the think slots, Thoughts [B, P, ...], own cache with the thought in it).
+    (hidden_BPJD of the think slots, Thoughts [B, P, ...], own cache, or the memory, with the thought in it).
   """
-  J, n, first = config.slots, config.length, own.cache.k.shape[-3] - config.slots
-  before = jnp.broadcast_to(own.mask_BPQS, (*hidden_BPD.shape[:2], 1, first))
-
-  def slot(x_BPD, j, cache):
-    done = jnp.broadcast_to(jnp.arange(J) < j, (*before.shape[:3], J))
-    seen = Seen(cache, jnp.concatenate([before, done], axis=-1))
-    position = jax.lax.dynamic_slice_in_dim(positions_BPJ, j, 1, axis=2)
-    hidden, new = decoder(x_BPD[:, :, None], position, jnp.ones((1, 1, 1, 1), bool), past, seen)
-    cache = jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, first + j, axis=3), cache, new)
-    return hidden[:, :, 0], cache
+  J, n = config.slots, config.length
+  if run is None:
+    run, memory = _cached(decoder, J, hidden_BPD.shape[:2], positions_BPJ, past, own), own.cache
 
   def control(row, j, cache):
-    return slot(decoder.embed(jnp.full(hidden_BPD.shape[:2], row)), j, cache)
+    return run(decoder.embed(jnp.full(hidden_BPD.shape[:2], row)), j, cache)
 
   def step(carry, i):
     hidden, cache, progress = carry
     keys = None if keys_BP is None else jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys_BP, i)
     x, token = _emit(decoder, config, hidden, keys, i, progress)
     progress = halting.drawn(decoder, config, progress, token, i)
-    hidden, cache = slot(x, i + config.opening, cache)
+    hidden, cache = run(x, i + config.opening, cache)
     progress = halting.reached(decoder, config, progress, hidden, i + 1)
     return (hidden, cache, progress), (hidden, x, token)
 
-  hidden, cache, around = hidden_BPD, own.cache, ([], [])
+  hidden, cache, around = hidden_BPD, memory, ([], [])
   progress = halting.begin(decoder, config, hidden, keys_BP)
   if config.delimiters:
     hidden, cache = control(decoder.start, 0, cache)
@@ -71,6 +68,22 @@ def think(
   states, inputs, tokens = (jnp.moveaxis(a, 0, 2) for a in (states, inputs, tokens))
   thoughts = Thoughts(inputs, tokens, progress.used_X)
   return jnp.concatenate([*around[0], states, *around[1]], axis=2), thoughts, cache
+
+
+def _cached(decoder, J: int, edge, positions_BPJ, past: Seen | None, own: Seen):
+  """How `think` runs a slot against a cache of each stream's own keys, whose last J slots are the thought's."""
+  first = own.cache.k.shape[-3] - J
+  before = jnp.broadcast_to(own.mask_BPQS, (*edge, 1, first))
+
+  def slot(x_BPD, j, cache):
+    done = jnp.broadcast_to(jnp.arange(J) < j, (*before.shape[:3], J))
+    seen = Seen(cache, jnp.concatenate([before, done], axis=-1))
+    position = jax.lax.dynamic_slice_in_dim(positions_BPJ, j, 1, axis=2)
+    hidden, new = decoder(x_BPD[:, :, None], position, jnp.ones((1, 1, 1, 1), bool), past, seen)
+    cache = jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, first + j, axis=3), cache, new)
+    return hidden[:, :, 0], cache
+
+  return slot
 
 
 def _emit(decoder, config, hidden_BPD, keys_BP, i, progress):

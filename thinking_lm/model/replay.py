@@ -1,0 +1,181 @@
+"""Private thoughts that are drawn once: the pass that draws them also scores them.
+
+Drawn think tokens are constants, so that no gradient flows *through* drawing. The drawing pass, one slot after the
+other, keeps the input of every layer; the gradient is then that of one parallel pass over all slots of all thoughts and
+their shared prefix, which is never run forward: `replay` goes through it backwards, one layer at a time, from the
+inputs that were kept. Compared with drawing first and scoring in a second pass, a forward pass is saved; memory is that
+of a plain step that keeps layer inputs only, and neither compile time nor the program grows with n or the layers.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from thinking_lm.model.decoder import ACTIVATIONS, DTYPES, Cache, Decoder, Seen
+from thinking_lm.model.layers import MASKED, Keys
+from thinking_lm.model.thinking import think
+from thinking_lm.sharding import constrain
+
+
+class Pass(NamedTuple):
+  """One parallel pass over the real tokens of each row and X slots of P thoughts: where they stand, whom they see."""
+
+  positions_B1T: jax.Array
+  mask_B1TT: jax.Array
+  positions_BPX: jax.Array
+  mask_BPXX: jax.Array
+  prefix_BP1T: jax.Array
+
+  def past(self, prefix: Cache) -> Seen:
+    """The keys of the real tokens [L, B, 1, T, K, E], as the thoughts see them."""
+    return Seen(Cache(prefix.k[:, :, 0], prefix.v[:, :, 0]), self.prefix_BP1T)
+
+
+class Draft(NamedTuple):
+  """What drawing leaves in P streams of J slots, written in place one slot at a time.
+
+  k, v: keys and values, as batches of small matrices. inputs: of every layer. end: after the last layer.
+  """
+
+  k_LBKPJE: jax.Array
+  v_LBKPJE: jax.Array
+  inputs_LJBPD: jax.Array
+  end_JBPD: jax.Array
+
+
+class Kept(NamedTuple):
+  """Inputs of every layer: of the real tokens, the think slots, and the look-ahead tokens if there are any."""
+
+  base_LB1TD: jax.Array
+  think_LJBPD: jax.Array
+  ahead_LBPAD: jax.Array | None
+
+
+def draw(decoder: Decoder, config, x_B1TD, gather, positions_BPX, keys_BP, facts: Pass):
+  """Runs the real tokens, and draws the thoughts.
+
+  Args:
+    decoder: with parameters that no gradient is wanted of. gather: hidden_B1TD -> hidden_BPD of the anchors.
+    facts: `mask_BPXX` is not read.
+
+  Returns:
+    (Thoughts [B, P, ...], end_B1TD of the real tokens, their Cache, their inputs of every layer, Draft).
+  """
+  end_B1TD, prefix, base_LB1TD = decoder.layered(x_B1TD, facts.positions_B1T, facts.mask_B1TT)
+  anchor_BPD = gather(decoder.final_norm(end_B1TD))
+  (B, P, D), J, c = anchor_BPD.shape, config.slots, decoder.config
+  L, K, E, dtype = c.layers, c.resolved_kv_heads, c.resolved_head_width, DTYPES[c.compute_dtype]
+  empty = lambda *shape: jnp.zeros(shape, dtype)
+  draft = Draft(empty(L, B, K, P, J, E), empty(L, B, K, P, J, E), empty(L, J, B, P, D), empty(J, B, P, D))
+  heads_first = Cache(*(jnp.moveaxis(a[:, :, 0], -2, 2) for a in prefix))
+  run = functools.partial(_slot, decoder, heads_first, facts.prefix_BP1T[:, :, 0], positions_BPX)
+  _, thoughts, draft = think(decoder, config, anchor_BPD, None, keys_BP, None, None, run=run, memory=draft)
+  return thoughts, end_B1TD, prefix, base_LB1TD, draft
+
+
+def _slot(decoder, past: Cache, prefix_BPT, positions_BPX, x_BPD, j, draft: Draft):
+  """One slot of every thought through all layers: (hidden_BPD, the draft with it)."""
+  graph, layers = nnx.split(decoder.layers)
+  position_BP = jax.lax.dynamic_index_in_dim(positions_BPX, j, axis=2, keepdims=False)
+
+  def body(carry, scanned):
+    (x, draft), (number, params, past) = carry, scanned
+    layer = nnx.merge(graph, params)
+    q, k, v = layer.project(x, position_BP)
+    put = lambda a, b: jax.lax.dynamic_update_slice(a, b.swapaxes(1, 2)[None, ..., None, :], (number, 0, 0, 0, j, 0))
+    keys = [put(a, b) for a, b in zip(draft[:2], (k, v), strict=True)]
+    inputs = jax.lax.dynamic_update_slice(draft.inputs_LJBPD, x[None, None], (number, j, 0, 0, 0))
+    own = [jax.lax.dynamic_index_in_dim(a, number, keepdims=False) for a in keys]
+    mixed = _attend(q, past, prefix_BPT, Cache(*own), j)
+    return (layer.complete(x, mixed), Draft(*keys, inputs, draft.end_JBPD)), None
+
+  numbers = jnp.arange(decoder.config.layers)
+  (x, draft), _ = jax.lax.scan(body, (x_BPD, draft), (numbers, layers, past))
+  draft = draft._replace(end_JBPD=jax.lax.dynamic_update_index_in_dim(draft.end_JBPD, x, j, axis=0))
+  return decoder.final_norm(x), draft
+
+
+def _attend(q_BPHE, past: Cache, prefix_BPT, own: Cache, j):
+  """`layers.attention` of one slot in each stream: past keys [B, K, T, E], own keys [B, K, P, J, E] up to slot j.
+
+  Own keys are small matrices [J, E] even for one query: elementwise products and sums are 100 times slower on a CPU.
+  """
+  B, P, H, E = q_BPHE.shape
+  K, T, J = past.k.shape[1], past.k.shape[2], own.k.shape[3]
+  q = (q_BPHE * E**-0.5).reshape(B, P, K, H // K, E).swapaxes(1, 2)
+  flat = lambda a: a.reshape(B, K, -1, a.shape[-1])
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  score = product("bkme,bkte->bkmt", flat(q), past.k).reshape(*q.shape[:-1], T)
+  own_score = product("bkpre,bkpje->bkprj", q, own.k)
+  score = jnp.where(prefix_BPT[:, None, :, None], score, MASKED)
+  own_score = jnp.where(jnp.arange(J) <= j, own_score, MASKED)
+  largest = jnp.maximum(jnp.max(score, axis=-1), jnp.max(own_score, axis=-1))[..., None]
+  weight, own_weight = jnp.exp(score - largest), jnp.exp(own_score - largest)
+  mixed = product("bkmt,bkte->bkme", flat(weight.astype(q.dtype)), past.v).reshape(q.shape)
+  mixed += product("bkprj,bkpje->bkpre", own_weight.astype(q.dtype), own.v)
+  mixed /= (jnp.sum(weight, axis=-1) + jnp.sum(own_weight, axis=-1))[..., None]
+  return mixed.astype(q_BPHE.dtype).swapaxes(1, 2).reshape(B, P, H, E)
+
+
+def ahead(decoder: Decoder, x_BPAD, live_BPJ, facts: Pass, prefix: Cache, draft: Draft):
+  """Runs the look-ahead tokens after the thoughts: (end_BPAD, their inputs of every layer)."""
+  A = x_BPAD.shape[2]
+  own = Seen(Cache(*(a.transpose(0, 1, 3, 4, 2, 5) for a in draft[:2])), live_BPJ[:, :, None])
+  causal = jnp.tril(jnp.ones((A, A), bool))[None, None]
+  end, _, inputs = decoder.layered(x_BPAD, facts.positions_BPX[:, :, -A:], causal, facts.past(prefix), own)
+  return end, inputs
+
+
+def replayed(decoder: Decoder, base_B1TD, slots_BPXD, facts: Pass, kept: Kept, ends):
+  """The hidden states (hidden_B1TD, hidden_BPXD) of a pass whose results `ends` are known, with its gradient.
+
+  Args:
+    base_B1TD, slots_BPXD: inputs of the real tokens and of the thoughts with their look-ahead, which gradients go to.
+    kept, ends: inputs of every layer and what came out of the last one, as they were when drawn; constants.
+  """
+  graph, layers = nnx.split(decoder.layers)
+  ends = replay(graph, layers, (base_B1TD, slots_BPXD), facts, kept, ends)
+  return tuple(decoder.final_norm(end) for end in ends)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def replay(graph, layers, inputs, facts, kept, ends):
+  """`ends`, as the function of `layers` and `inputs` that it is."""
+  del graph, layers, inputs, facts, kept
+  return ends
+
+
+def _forward(graph, layers, inputs, facts, kept, ends):
+  del graph, inputs
+  return ends, (layers, facts, kept)
+
+
+def _backward(graph, saved, cotangents):
+  layers, facts, kept = saved
+
+  def layer(cotangents, scanned):
+    params, (base_B1TD, think_JBPD, ahead_BPAD) = scanned
+    slots = jnp.moveaxis(think_JBPD, 0, 2)
+    if ahead_BPAD is not None:
+      slots = jnp.concatenate([slots, ahead_BPAD], axis=2)
+    pull = jax.vjp(functools.partial(_layer, graph, facts), params, (base_B1TD, slots))[1]
+    gradient, inputs = pull(cotangents)
+    return inputs, gradient
+
+  inputs, gradient = jax.lax.scan(layer, cotangents, (layers, kept), reverse=True)
+  return gradient, inputs, None, None, None
+
+
+replay.defvjp(_forward, _backward)
+
+
+def _layer(graph, facts: Pass, params, inputs):
+  """One layer of the parallel pass: the thoughts see what the layer makes of the real tokens."""
+  layer, (base, slots) = nnx.merge(graph, params), inputs
+  base, (k, v) = layer(base, facts.positions_B1T, facts.mask_B1TT, None, None)
+  past = Keys(k[:, 0], v[:, 0], facts.prefix_BP1T)
+  slots, _ = layer(slots, facts.positions_BPX, facts.mask_BPXX, past, None)
+  return constrain(base, *ACTIVATIONS), constrain(slots, *ACTIVATIONS)
