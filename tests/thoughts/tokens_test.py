@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from thinking_lm.model.layers import MASKED
+from thinking_lm.thoughts import tokens
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.thoughts.tokens import KINDS, draw, log_policy
 
@@ -144,3 +145,25 @@ def test_the_policy_of_a_noisy_token_is_the_density_that_it_is_drawn_from():
     weights_X = jax.lax.stop_gradient(jnp.exp(density(logits_V)[0])) * reward_X * area
     score = jax.grad(lambda logits: (weights_X * density(logits)[0]).sum())(logits_V)
   np.testing.assert_allclose(score, numeric, rtol=1e-5)
+
+
+def test_two_levels_invert_the_cumulative_distribution():
+  """Of a vocabulary of several rows with masked tokens, for numbers on and around every border."""
+  V = 3 * tokens.ROW + 5
+  random = np.random.default_rng(0)
+  weights = (random.random(V) * (random.random(V) < 0.5)).astype(np.float32)
+  weights[: tokens.ROW + 3] = weights[-7:] = 0.0
+  rows = np.pad(weights, (0, -V % tokens.ROW)).reshape(-1, tokens.ROW)
+  borders = np.cumsum(weights.astype(np.float64))
+  targets = np.concatenate([[0.0], (borders[:-1] + borders[1:]) / 2, [borders[-1], borders[-1] * 1.001]])
+  row, rest = tokens._invert(jnp.broadcast_to(rows.sum(axis=1), (len(targets), len(rows))), jnp.float32(targets))
+  inside, _ = tokens._invert(jnp.asarray(rows)[row], rest)
+  found = np.asarray(row * tokens.ROW + inside)
+  assert (weights[found] > 0).all()  # also where rounding, or a target of all the weight, goes past the end
+  expected = np.searchsorted(borders, targets, side="right")
+  clear = np.abs(targets[:, None] - borders).min(axis=1) > 1e-3  # of rounding
+  assert clear.sum() > 50
+  np.testing.assert_array_equal(found[clear][:-1], expected[clear][:-1])
+  logits = jnp.log(jnp.broadcast_to(jnp.asarray(weights), (500, V)))
+  drawn = tokens.draw(logits, jax.random.split(jax.random.key(0), 500), 1.0)
+  assert (weights[np.asarray(drawn)] > 0).all() and len(np.unique(drawn)) > 60

@@ -75,17 +75,40 @@ def sampled(model, hidden_XD, keys_X, config):
   return model.embed(token_X), token_X
 
 
-def draw(logits_XV, keys_X, temperature: float):
-  """Token ids drawn from softmax(logits / temperature) by inverting the cumulative distribution.
+ROW = 128
+"""Tokens that `draw` looks at one by one: at a large vocabulary, the cumulative sum over all would cost more."""
 
-  One uniform number a token: at a large vocabulary, Gumbel noise for every entry would cost as much as the model.
+
+def draw(logits_XV, keys_X, temperature: float):
+  """Token ids drawn from softmax(logits / temperature) by inverting the cumulative distribution, in two levels.
+
+  One uniform number a token finds a row of ROW tokens by their sums, and then the token in it. Gumbel noise for every
+  entry would cost several times the logits themselves.
   """
   if temperature == 0:
     return jnp.argmax(logits_XV, axis=-1)
   weights_XV = jnp.exp((logits_XV - logits_XV.max(axis=-1, keepdims=True)) / temperature)
-  cumulative_XV = jnp.cumsum(weights_XV, axis=-1)
+  fill = [(0, 0)] * (weights_XV.ndim - 1) + [(0, -weights_XV.shape[-1] % ROW)]
+  weights_XRW = jnp.pad(weights_XV, fill).reshape(*weights_XV.shape[:-1], -1, ROW)
+  sums_XR = weights_XRW.sum(axis=-1)
   uniform_X = jax.vmap(jax.random.uniform)(keys_X.reshape(-1)).reshape(keys_X.shape)
-  return jnp.sum(cumulative_XV <= uniform_X[..., None] * cumulative_XV[..., -1:], axis=-1).astype(jnp.int32)
+  row_X, rest_X = _invert(sums_XR, uniform_X * sums_XR.sum(axis=-1))
+  weights_XW = jnp.take_along_axis(weights_XRW, row_X[..., None, None], axis=-2)[..., 0, :]
+  return row_X * ROW + _invert(weights_XW, rest_X)[0]
+
+
+def _invert(weights_XV, target_X):
+  """(first index whose cumulative weight is above the target, what the target is above the weights before it).
+
+  Rounding never chooses an index of weight 0.
+  """
+  cumulative_XV = jnp.cumsum(weights_XV, axis=-1)
+  target_X = jnp.maximum(target_X, 0.0)
+  index_X = jnp.sum(cumulative_XV <= target_X[..., None], axis=-1)
+  last_X = jnp.max(jnp.where(weights_XV > 0, jnp.arange(weights_XV.shape[-1]), 0), axis=-1)
+  index_X = jnp.minimum(index_X, last_X).astype(jnp.int32)
+  before_XV = cumulative_XV - weights_XV
+  return index_X, target_X - jnp.take_along_axis(before_XV, index_X[..., None], axis=-1)[..., 0]
 
 
 def log_policy(logits_XV, token_X, temperature: float):
