@@ -94,7 +94,7 @@ def test_drawn_ends_have_the_exits_frequencies():
   model, hidden, keys = Says(np.log(0.4 / 0.6)), jnp.zeros((count, 2)), jax.random.split(jax.random.key(0), count)
   progress = halting.begin(model, thought, hidden, keys)
   for j in range(n):
-    progress = halting.reached(model, thought, halting.drawn(model, thought, progress, None), hidden, j + 1)
+    progress = halting.reached(model, thought, halting.drawn(model, thought, progress, None, j), hidden, j + 1)
   expected = np.exp(halting.exit_logp(model, thought, jnp.zeros((n + 1, 2))))
   got = np.bincount(progress.used_X, minlength=n + 1) / count
   np.testing.assert_allclose(got, expected, atol=4 * np.sqrt(0.25 / count))
