@@ -31,13 +31,17 @@ from thinking_lm.model.decoder import Model, ModelConfig
 from thinking_lm.model.enumeration import rollout_every
 from thinking_lm.model.generate import Generation, Sampling, generate
 from thinking_lm.model.need import needed
-from thinking_lm.model.rollout import rollout
+from thinking_lm.model.rollout import actions, rollout
+from thinking_lm.objectives import carry
+from thinking_lm.objectives.advantages import ADVANTAGES
+from thinking_lm.objectives.baselines import BASELINES, reward_of
 from thinking_lm.objectives.exact import marginal
 from thinking_lm.objectives.health import HealthConfig, History, signs
 from thinking_lm.objectives.health import rules as health_rules
 from thinking_lm.objectives.objective import ObjectiveConfig, objective, volume
 from thinking_lm.thoughts.placement import place
 from thinking_lm.thoughts.spec import ThoughtConfig
+from thinking_lm.thoughts.topology import rest
 from thinking_lm.training.alarms import Watch
 from thinking_lm.training.checkpoint import CheckpointConfig, read_manifest, read_params
 from thinking_lm.training.loop import Run, TrainConfig
@@ -45,7 +49,7 @@ from thinking_lm.training.mesh import MeshConfig, device_faults, global_batch, m
 from thinking_lm.training.optimizer import OptimizerConfig, schedule_faults
 from thinking_lm.training.state import key as random_key
 from thinking_lm.training.workdir import resolve
-from thinking_lm.types import Batch, Carried, Layout, Params, Thoughts, Trace
+from thinking_lm.types import Batch, Beside, Carried, Layout, Params, Thoughts, Trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +73,7 @@ class ExperimentConfig:
     return (
       schedule_faults(self.optimizer, self.train.steps)
       + rules.objective_faults(self.objective, self.thought)
+      + rules.update_faults(self.train.updates, self.objective)
       + rules.estimator_faults(self.objective, self.thought)
       + rules.answer_faults(self.thought, asks)
       + rules.mesh_faults(self.mesh.sequence, self.thought)
@@ -153,12 +158,47 @@ class Experiment:
     goal, thought = self.config.objective, self.config.thought.at(carried.step)
     if goal.exact:
       layout = self.place(params, batch, thought)
-      trace, told = marginal(rollout_every(self.model, thought, params, batch, layout, key)), {}
+      trace, beside, told = marginal(rollout_every(self.model, thought, params, batch, layout, key)), Beside(), {}
     else:
-      trace = self.rollout(params, batch, key, thought=thought)
+      trace, beside = self._think(params, batch, key, carried, thought)
       told = signs(trace, thought)
-    loss, metrics = objective(goal, trace)
+    loss, metrics = objective(goal, trace, beside, carried.extra)
     return loss, metrics | volume(trace, batch, self.data.vocabulary) | told
+
+  def _think(self, params: Params, batch: Batch, key, carried: Carried, thought: ThoughtConfig) -> tuple[Trace, Beside]:
+    """The thoughts, drawn here or before the first of several updates, and what stands beside them."""
+    if carried.drawn is None:
+      layout = self.place(params, batch, thought)
+      trace = rollout(self.model, thought, params, batch, layout, key)
+      return trace, self._beside(params, batch, key, carried.extra, layout, trace.thoughts)
+    layout, thoughts, beside = carried.drawn
+    given = actions(self.model.bind(params), thought, thoughts)
+    return rollout(self.model, thought, params, batch, layout, key, given), beside
+
+  def draw(self, params: Params, batch: Batch, key, carried: Carried) -> tuple[Layout, Thoughts, Beside]:
+    """What stays the same in all updates of a step: the thoughts, where they are, and what stands beside them."""
+    trace, beside = self._think(params, batch, key, carried, self.config.thought)
+    return self.place(params, batch), trace.thoughts, beside.replace(drawn_logp_BGNJ=trace.token_logp_BGNJ)
+
+  def _beside(self, params: Params, batch: Batch, key, extra, layout: Layout, thoughts: Thoughts) -> Beside:
+    """The passes beside the rollout that the objective asks for, none of them with a gradient."""
+    goal, thought, beside = self.config.objective, self.config.thought, Beside()
+    params, extra = jax.lax.stop_gradient((params, extra))
+    if "teacher" in extra:
+      plain = self.rollout(extra["teacher"], batch, key, thought=dataclasses.replace(thought, length=0))
+      inside_BNT = rest(batch, layout, thought.lookahead)
+      outcome_BN = jnp.sum(inside_BNT * (plain.logp_BGT * batch.weights_BT[:, None]), axis=-1)
+      beside = beside.replace(teacher_logp_BT=plain.logp_BGT[:, 0], teacher_outcome_BN=outcome_BN)
+    baseline = ADVANTAGES[goal.advantage].baseline
+    if goal.score_weight and baseline and BASELINES[baseline].greedy:
+      one = dataclasses.replace(thought, temperature=0.0, samples=1)
+      greedy = rollout(self.model, one, params, batch, layout, key)
+      beside = beside.replace(greedy_reward_BN=reward_of(goal, greedy, beside)[:, 0])
+    if "reference" in extra:
+      given = actions(self.model.bind(extra["reference"]), thought, thoughts)
+      policy = rollout(self.model, thought, extra["reference"], batch, layout, key, given)
+      beside = beside.replace(reference_logp_BGNJ=policy.token_logp_BGNJ)
+    return jax.lax.stop_gradient(beside)
 
   def run(self, mesh: Mesh | None = None) -> Run:
     """What `training.loop.train` trains.
@@ -183,6 +223,11 @@ class Experiment:
       record=dict(tokenizer=self.data.tokenizer.digest),
       hooks=() if mesh else looks(),
       watch=self._watch(),
+      carry_init=functools.partial(carry.init, c.objective),
+      carry_update=functools.partial(carry.update, c.objective),
+      carry_from={"reference": c.objective.kl_reference} if c.objective.kl_reference else {},
+      draw_fn=self.draw,
+      optional=("heads/",),
     )
 
   def _watch(self) -> Watch | None:
@@ -203,7 +248,9 @@ class Experiment:
     if goal.score_weight and goal.nll_weight:
       alone = dict(nll_grad_norm=dict(score_weight=0.0), score_grad_norm=dict(nll_weight=0.0, base_weight=0.0))
       for name, change in alone.items():
-        terms[name] = self._with(objective=dataclasses.replace(goal, entropy_weight=0.0, **change)).loss_fn
+        terms[name] = self._with(
+          objective=dataclasses.replace(goal, entropy_weight=0.0, kl_weight=0.0, **change)
+        ).loss_fn
     key = random_key(c.train.seed, "evaluate")
     return (Examination(c.health.every, c.evaluation.split, c.train.batch_size, self, key, put, terms),)
 

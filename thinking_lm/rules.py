@@ -4,6 +4,7 @@ Rules within a section stand in its `faults()`. All of this is looked at before 
 """
 
 from thinking_lm.objectives.advantages import ADVANTAGES
+from thinking_lm.objectives.baselines import BASELINES
 from thinking_lm.objectives.objective import ObjectiveConfig
 from thinking_lm.objectives.rewards import REWARDS
 from thinking_lm.thoughts import enumeration
@@ -14,10 +15,11 @@ from thinking_lm.thoughts.spec import ThoughtConfig
 
 def heads(thought: ThoughtConfig, goal: ObjectiveConfig) -> tuple[str, ...]:
   """The members of model.heads.HEADS that these sections need: no others exist as parameters."""
-  del goal
   if not thought.length:
     return ()
-  return tuple(name for name in (HALTING[thought.halting].head, thought.mixing != "none" and "mix") if name)
+  baseline = ADVANTAGES[goal.advantage].baseline if goal.score_weight else None
+  wanted = (HALTING[thought.halting].head, thought.mixing != "none" and "mix", baseline and BASELINES[baseline].head)
+  return tuple(name for name in wanted if name)
 
 
 def room_faults(thought: ThoughtConfig, T: int, aligned: int) -> list[str]:
@@ -43,6 +45,8 @@ def estimator_faults(goal: ObjectiveConfig, thought: ThoughtConfig) -> list[str]
       found.append("objective.exact needs thought.length and thought.temperature above 0: there is nothing to sum over")
     if thought.halting not in enumeration.HALTING:
       found.append(f"objective.exact needs thought.halting {' or '.join(enumeration.HALTING)}, got {thought.halting!r}")
+  if goal.exact and goal.kl_weight:
+    found.append("objective.kl_weight is estimated from drawn thoughts, objective.exact draws none")
   if bool(goal.control) != bool(thought.relaxation):
     found.append(
       "objective.control weighs what thought.relaxation makes: set both above 0 or neither, got "
@@ -97,10 +101,22 @@ def report_faults(goal: ObjectiveConfig, thought: ThoughtConfig) -> list[str]:
   return [f"objective.{name} {value!r} needs thought.report above 0" for name, value in asks.items() if value]
 
 
+def update_faults(updates: int, goal: ObjectiveConfig) -> list[str]:
+  """Several updates on the same rows that would be no more than several steps."""
+  if updates > 1 and not goal.score_weight:
+    return [
+      f"train.updates {updates} are updates on thoughts that were drawn once, for the policy gradient, whose "
+      "objective.score_weight is 0: without it, use more steps"
+    ]
+  if updates > 1 and goal.control:
+    return ["objective.control goes with the draw itself: it needs train.updates 1"]
+  return []
+
+
 def objective_faults(goal: ObjectiveConfig, thought: ThoughtConfig) -> list[str]:
   """What an objective asks of the thoughts."""
   found, needs = [], ADVANTAGES[goal.advantage].needs
-  for name in ("score_weight", "entropy_weight"):
+  for name in ("score_weight", "entropy_weight", "kl_weight"):
     if getattr(goal, name) and not (thought.kind_of.policy and thought.length):
       found.append(
         f"objective.{name} needs thoughts with a log-probability: thought.kind 'sampled' or 'noisy' and thought.length "
@@ -112,6 +128,9 @@ def objective_faults(goal: ObjectiveConfig, thought: ThoughtConfig) -> list[str]
     found.append(
       f"objective.advantage {goal.advantage!r} needs thought.samples of at least {needs}, got {thought.samples}"
     )
+  baseline = ADVANTAGES[goal.advantage].baseline
+  if goal.score_weight and baseline and BASELINES[baseline].greedy and not thought.kind_of.discrete:
+    found.append(f"objective.advantage {goal.advantage!r} needs thought.kind 'sampled', got {thought.kind!r}")
   if goal.base_weight and not thought.length:
     found.append("objective.base_weight needs thought.length above 0: without thoughts nll_weight weighs the same")
   if thought.learns_end:
@@ -135,8 +154,8 @@ def objective_faults(goal: ObjectiveConfig, thought: ThoughtConfig) -> list[str]
     absent = "needs thought.topology 'private': with 'persistent' there is no pass without thoughts"
     if goal.base_weight:
       found.append(f"objective.base_weight {absent}")
-    if goal.score_weight and REWARDS[goal.reward].base:
-      found.append(f"objective.reward {goal.reward!r} {absent}")
+    if goal.score_weight and REWARDS[goal.reward].base and not goal.teacher_decay:
+      found.append(f"objective.reward {goal.reward!r} {absent}; objective.teacher_decay gives one")
     if goal.bound != "J" and thought.length and thought.lookahead:
       found.append(
         f"objective.bound {goal.bound!r} is joint over all that thoughts change: persistent thoughts need "

@@ -23,6 +23,7 @@ Terms:
   outcome     log p(y | x, z): the summed log-probability of the look-ahead targets of one thought
   unit        what a joint bound (M, P) is over: the outcome of a private thought, or of all of a document's thoughts
   report      what a thought says its prediction is: pairs of a candidate token and a confidence, drawn as it is
+  teacher     a moving average of the parameters; reference: a copy that stays as it is
   advantage   the reward of a thought minus its baseline; it multiplies grad log pi(z | x)
 
 Units: nats for log-probabilities, bits per byte where said, FLOPs (a multiply-add is two), seconds.
@@ -182,6 +183,10 @@ class Trace:
   top_logp_BGT: log-probability of the most likely real token at each target.
   report: what the thoughts report, for thoughts that do; else None. score_BGN: how good that was, once it is
     judged, times the weight of the target.
+  chosen_BGNJ, token_logp_BGNJ: bool, the think tokens (J = n here) that were a choice of the policy, a drawn STOP too;
+    and log pi of each, the terms of policy_logp_BGN, 0 at the others. None for kinds without a policy.
+  value_BGN: the reward that the value head expects of the thought, from its anchor's hidden state, through which no
+    gradient flows; None without that head.
   """
 
   logp_BGT: jax.Array
@@ -210,3 +215,23 @@ class Trace:
   top_logp_BGT: jax.Array | None = None
   report: Report | None = None
   score_BGN: jax.Array | None = None
+  token_logp_BGNJ: jax.Array | None = None
+  chosen_BGNJ: jax.Array | None = None
+  value_BGN: jax.Array | None = None
+
+
+@struct.dataclass
+class Beside:
+  """What other passes over the same rows tell an objective, without gradient; None where it does not ask.
+
+  drawn_logp_BGNJ: Trace.token_logp_BGNJ under the parameters that drew the thoughts, where later ones score them.
+  reference_logp_BGNJ: the same under the reference.
+  teacher_logp_BT, teacher_outcome_BN: log p(target) and the outcomes by the teacher, without any thought.
+  greedy_reward_BN: what the same model's greedy thoughts are paid.
+  """
+
+  drawn_logp_BGNJ: jax.Array | None = None
+  reference_logp_BGNJ: jax.Array | None = None
+  teacher_logp_BT: jax.Array | None = None
+  teacher_outcome_BN: jax.Array | None = None
+  greedy_reward_BN: jax.Array | None = None

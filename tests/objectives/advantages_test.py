@@ -9,15 +9,22 @@ import pytest
 
 from tests.objectives import bandit
 from thinking_lm.objectives.advantages import ADVANTAGES, STD_FLOOR
+from thinking_lm.objectives.baselines import BASELINES
 
 CASES = [(name, G) for name in ADVANTAGES for G in (2, 3)]
 RNG = np.random.default_rng(0)
 REWARD_BGN = RNG.normal(size=(5, 4, 3)) - 2
 
 
-def of(name, reward_BGN):
+WITHIN = [name for name, member in ADVANTAGES.items() if name != "none" and not member.baseline]
+"""Members whose baseline is the group's."""
+
+
+def of(name, reward_BGN, baseline=0.0):
+  """The member's advantage; `baseline` for those whose baseline is not the group's."""
   with jax.enable_x64(True):
-    return np.asarray(ADVANTAGES[name].of(jax.numpy.asarray(reward_BGN)))
+    against = (jax.numpy.asarray(baseline),) if ADVANTAGES[name].baseline else ()
+    return np.asarray(ADVANTAGES[name].of(jax.numpy.asarray(reward_BGN), *against))
 
 
 def tables():
@@ -31,7 +38,8 @@ def expected_score(name, G, reward_CZ, policy_CZ):
   """Gradient of the expected score term to the policy's logits: sum over all groups, one by one."""
   rows = bandit.groups(G)
   c_B, z_BG = rows[:, 0], rows[:, 1:]
-  advantage_BG = of(name, reward_CZ[c_B[:, None], z_BG][:, :, None])[:, :, 0]
+  baseline_B = reward_CZ.mean(axis=1)[c_B]  # knows the context and no thought
+  advantage_BG = of(name, reward_CZ[c_B[:, None], z_BG][:, :, None], baseline_B[:, None, None])[:, :, 0]
   probability_B = policy_CZ[c_B[:, None], z_BG].prod(axis=1)
   grad_log_BGZ = np.eye(bandit.Z)[z_BG] - policy_CZ[c_B][:, None]
   row_BZ = probability_B[:, None] * (advantage_BG[:, :, None] * grad_log_BGZ).mean(axis=1)
@@ -78,7 +86,7 @@ def test_needs_is_the_smallest_group_that_gives_a_signal(name):
     assert not np.isfinite(fewer).all() or np.abs(fewer).max() == 0
 
 
-@pytest.mark.parametrize("name", [name for name in ADVANTAGES if name != "none"])
+@pytest.mark.parametrize("name", WITHIN)
 def test_a_constant_of_the_group_changes_nothing(name):
   shift_B1N = RNG.normal(size=(5, 1, 3))
   np.testing.assert_allclose(of(name, REWARD_BGN + shift_B1N), of(name, REWARD_BGN), atol=1e-12)
@@ -89,6 +97,13 @@ def test_scaling_of_rewards(name):
   """An advantage is in the unit of its reward, or has none; not for M, whose rewards are logarithms."""
   got, before = of(name, 3 * REWARD_BGN), of(name, REWARD_BGN)
   assert np.allclose(got, 3 * before, rtol=1e-12) != np.allclose(got, before, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name, member in ADVANTAGES.items() if member.baseline])
+def test_a_baseline_from_outside_is_taken_off(name):
+  baseline_B1N = RNG.normal(size=(5, 1, 3))
+  np.testing.assert_allclose(of(name, REWARD_BGN, baseline_B1N), REWARD_BGN - baseline_B1N, rtol=1e-12)
+  assert ADVANTAGES[name].baseline in BASELINES and ADVANTAGES[name].needs == 1
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
@@ -108,10 +123,10 @@ def test_samples_are_exchangeable_and_groups_are_independent(name):
   np.testing.assert_allclose(of(name, REWARD_BGN[2:3, :, 1:2]), whole[2:3, :, 1:2], atol=1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name in ADVANTAGES if name != "none"])
+@pytest.mark.parametrize("name", WITHIN)
 @pytest.mark.parametrize("reward_G", [[-4.0] * 3, [-900.0, -1.0, -901.0], [0.0, -900.0, -900.0]])
 def test_extreme_groups_stay_finite(name, reward_G):
-  got = np.asarray(ADVANTAGES[name].of(np.float32(reward_G)[None, :, None]))
+  got = of(name, np.float32(reward_G)[None, :, None])
   assert np.isfinite(got).all()
   if len(set(reward_G)) == 1:
     np.testing.assert_allclose(got, 0, atol=1e-5)

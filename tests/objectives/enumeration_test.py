@@ -4,6 +4,7 @@ A pair of thoughts (G = 2) is a row; a row's probability is that of its thoughts
 objective's own, on a Trace made by the rollout.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -16,12 +17,13 @@ from tests.model import problem
 from thinking_lm.model.decoder import Model, ModelConfig
 from thinking_lm.model.rollout import rollout
 from thinking_lm.objectives.advantages import ADVANTAGES, Advantage
+from thinking_lm.objectives.baselines import BASELINES, reward_of
 from thinking_lm.objectives.objective import ObjectiveConfig, objective
 from thinking_lm.thoughts.spec import ThoughtConfig
-from thinking_lm.types import Batch, Thoughts
+from thinking_lm.types import Batch, Beside, Thoughts
 
 V, T = 3, 3
-MODEL = Model(ModelConfig(layers=2, width=8, heads=2, kv_heads=1, mlp_width=12), V)
+MODEL = Model(ModelConfig(layers=2, width=8, heads=2, kv_heads=1, mlp_width=12), V, heads=("value",))
 FIELDS = ("logp_BGT", "ahead_logp_BGNA", "outcome_BGN", "policy_logp_BGN")
 
 # Topology, look-ahead, think tokens, anchors: V^(tokens x anchors) = 9 thoughts of a row, 81 pairs.
@@ -41,7 +43,10 @@ def params():
 
 
 def enumerated(case, G):
-  """(trace, pull) of a batch that has every tuple of G thoughts as a row; pull: cotangents of FIELDS -> gradient."""
+  """(trace, pull, beside) of a batch that has every tuple of G thoughts as a row.
+
+  pull: cotangents of FIELDS -> gradient. beside: with the log-probability after the greedy thoughts of each row.
+  """
   topology, lookahead, n, anchors = CASES[case]
   config = ThoughtConfig(
     kind="sampled", length=n, topology=topology, lookahead=lookahead, samples=G, temperature=0.8, rotary="advance"
@@ -62,17 +67,22 @@ def enumerated(case, G):
     trace = rollout(MODEL, config, params, batch, layout, jax.random.key(0), given)
     return {name: getattr(trace, name) for name in FIELDS}, trace
 
+  def greedy(params):
+    one = dataclasses.replace(config, temperature=0.0, samples=1)
+    return rollout(MODEL, one, params, batch, layout, jax.random.key(1))
+
   def vjp(params, cotangents):
     return jax.vjp(lambda p: run(p)[0], params)[1](cotangents)[0]
 
-  trace = jax.jit(run, compiler_options=problem.FAST)(params())[1]
-  return trace, functools.partial(jax.jit(vjp, compiler_options=problem.FAST), params())
+  compiled = lambda function: jax.jit(function, compiler_options=problem.FAST)
+  beside = Beside(greedy_reward_BN=compiled(greedy)(params()).outcome_BGN[:, 0])
+  return compiled(run)(params())[1], functools.partial(compiled(vjp), params()), beside
 
 
 @functools.cache
 def exact(case):
   """grad J as one vector."""
-  trace, pull = enumerated(case, 1)
+  trace, pull, _ = groups(case, 1)
   np.testing.assert_allclose(np.exp(trace.policy_logp_BGN.sum(axis=(1, 2))).sum(), 1, rtol=1e-5)
   return flat(pull(jax.grad(J)({name: getattr(trace, name) for name in FIELDS}, trace)))
 
@@ -87,31 +97,35 @@ def J(fields, trace):
 
 
 @functools.cache
-def pairs(case):
-  return enumerated(case, 2)
+def groups(case, G):
+  return enumerated(case, G)
+
+
+EXTRA = dict(reward_mean=dict(total=jnp.float32(-0.9), weight=jnp.float32(0.5)))
+"""Earlier rewards of mean -1.8."""
 
 
 def flat(tree):
   return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]).astype(np.float64)
 
 
-def expectation(case, config):
-  """The expected gradient of an objective over all pairs of thoughts, as one vector."""
-  trace, pull = pairs(case)
+def expectation(case, config, G=2):
+  """The expected gradient of an objective over all tuples of G thoughts, as one vector."""
+  trace, pull, beside = groups(case, G)
   probability_B = np.exp(np.asarray(trace.policy_logp_BGN, np.float64).sum(axis=(1, 2)))
   np.testing.assert_allclose(probability_B.sum(), 1, rtol=1e-5)
 
   def loss(fields):
-    row = lambda one: objective(config, jax.tree.map(lambda leaf: leaf[None], one))[0]
-    return jnp.sum(jnp.asarray(probability_B, jnp.float32) * jax.vmap(row)(trace.replace(**fields)))
+    row = lambda *one: objective(config, *jax.tree.map(lambda leaf: leaf[None], one), EXTRA)[0]
+    return jnp.sum(jnp.asarray(probability_B, jnp.float32) * jax.vmap(row)(trace.replace(**fields), beside))
 
   return flat(pull(jax.grad(loss)({name: getattr(trace, name) for name in FIELDS})))
 
 
-def gap(case, config):
+def gap(case, config, G=2):
   """How far -grad J is from the expected gradient of the loss, relative to its size."""
   gradient = exact(case)
-  return np.linalg.norm(expectation(case, config) + gradient) / np.linalg.norm(gradient)
+  return np.linalg.norm(expectation(case, config, G) + gradient) / np.linalg.norm(gradient)
 
 
 TOLERANCE, CLEAR = 1e-4, 1e-2
@@ -141,6 +155,48 @@ def claim_holds(name, case="persistent"):
 @pytest.mark.parametrize("name", [name for name, member in ADVANTAGES.items() if not getattr(member, "bound", None)])
 def test_claims_of_an_advantage_for_J(name):
   assert claim_holds(name)
+
+
+@pytest.mark.parametrize("name", [name for name, member in ADVANTAGES.items() if member.needs == 1])
+@pytest.mark.parametrize("case", ["ahead", "persistent"])
+def test_claims_of_an_advantage_that_needs_no_group(case, name):
+  config = ObjectiveConfig(nll_weight=1.0, score_weight=1.0, advantage=name)
+  assert (gap(case, config, G=1) < TOLERANCE) == ADVANTAGES[name].unbiased
+
+
+def second_moment(case, name):
+  """Mean squared advantage of one thought, over all thoughts."""
+  trace, _, beside = groups(case, 1)
+  config = ObjectiveConfig(nll_weight=1.0, score_weight=1.0, advantage=name)
+  probability_B = np.exp(np.asarray(trace.policy_logp_BGN, np.float64).sum(axis=(1, 2)))
+  baseline = BASELINES[ADVANTAGES[name].baseline].of(config, trace, beside, EXTRA)
+  advantage_BGN = ADVANTAGES[name].of(reward_of(config, trace, beside), baseline)
+  return float((probability_B * np.square(advantage_BGN).sum(axis=(1, 2))).sum())
+
+
+def test_baselines_are_what_they_say():
+  trace, _, beside = groups("persistent", 1)
+  rewards = np.asarray(trace.outcome_BGN, np.float64)
+  for name, baseline in dict(
+    ema=-1.8, value=trace.value_BGN, greedy=np.asarray(beside.greedy_reward_BN, np.float64)[:, None]
+  ).items():
+    probability_B = np.exp(np.asarray(trace.policy_logp_BGN, np.float64).sum(axis=(1, 2)))
+    expected = (probability_B * np.square(rewards - baseline).sum(axis=(1, 2))).sum()
+    np.testing.assert_allclose(second_moment("persistent", name), expected, rtol=1e-5)
+  # Greedy thoughts are one way to think, the same for every row.
+  (row,) = np.flatnonzero(np.isclose(trace.outcome_BGN[:, 0], beside.greedy_reward_BN[0], rtol=1e-5).all(axis=1))
+  assert np.ptp(beside.greedy_reward_BN, axis=0).max() < 1e-5 and probability_B[row] > np.median(probability_B)
+
+
+@pytest.mark.parametrize("case", ["ahead", "persistent"])
+def test_a_value_knows_what_comes_before_its_thought_and_nothing_else(case):
+  trace, _, _ = groups(case, 1)
+  tokens_BN, value_BN = trace.thoughts.tokens_BGNJ[:, 0, :, 0], np.asarray(trace.value_BGN)[:, 0]
+  assert np.abs(value_BN).max() > 0.1
+  np.testing.assert_allclose(value_BN[:, 0], value_BN[0, 0], rtol=1e-5)
+  for first in range(V):
+    np.testing.assert_allclose(np.ptp(value_BN[tokens_BN[:, 0] == first, 1]), 0, atol=1e-5)
+  assert (np.ptp(value_BN[:, 1]) > 1e-3) == (case == "persistent"), "a later anchor sees persistent thoughts"
 
 
 @pytest.mark.parametrize(

@@ -156,3 +156,55 @@ def test_a_skipped_step_carries_nothing_on(params):
     state, _ = step(state, batch(number), key())
     seen.append(float(state.extra["total"]))
   assert seen[0] == seen[1] == seen[2] != 1
+
+
+def drawing(params, rows, key, carried):
+  """A number for each row, of the parameters, the key and what is carried."""
+  noise_B = jax.vmap(lambda id_: jax.random.normal(jax.random.fold_in(key, id_)))(rows.ids_B)
+  return dict(row_B=noise_B + params["head"][0, 0] + carried.extra["total"] + carried.step)
+
+
+def told(params, rows, key, carried):
+  """The toy loss, its rows weighted by what was drawn for them."""
+  heavy = rows.replace(weights_BT=rows.weights_BT * (1 + carried.drawn["row_B"][:, None] ** 2))
+  return toy.loss_fn(params, heavy, key, carried)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_several_updates_on_what_was_drawn_once(params, accumulation):
+  optimizer, rate = optax.scale_by_adam(), 0.02
+  update = lambda extra, params, metrics, step: dict(total=extra["total"] + metrics["loss"].total / 1000)
+  init = lambda params: dict(total=jnp.float32(0.5))
+  config = StepConfig(accumulation, ema=0.9, updates=3)
+  step = jax.jit(make_train_step(told, optimizer, lambda s: rate, config, update, drawing))
+  state = state_lib.create(params, optimizer, True, init).replace(step=jnp.int32(2))
+  new, metrics = step(state, batch(), key())
+
+  step_key = jax.random.fold_in(key(), 2)
+  drawn = drawing(params, batch(), step_key, Carried(step=2, extra=state.extra))
+  total, opt_state, average, losses = jnp.float32(0.5), optimizer.init(params), params, []
+  for _ in range(3):
+    grads, found = gradients(told, params, batch(), step_key, 1, Carried(2, dict(total=total), drawn))
+    direction, opt_state = optimizer.update(grads, opt_state)
+    params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
+    average = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, average, params)
+    total += found["loss"].total / 1000
+    losses.append(found["loss"])
+  assert relative(params, new.params) < 1e-4 and relative(average, new.ema) < 1e-4
+  assert float(new.extra["total"]) == pytest.approx(float(total), rel=1e-4)
+  assert int(new.step) == 3 and int(new.opt_state.count) == 3
+  expected = sum(float(loss.total) for loss in losses) / sum(float(loss.count) for loss in losses)
+  assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-4)
+  assert float(metrics["real_tokens"].total) == batch().segments_BT.sum(), (
+    "a row is read once, however often it updates"
+  )
+
+
+def test_updates_that_are_not_finite_are_counted_one_by_one(params):
+  config = StepConfig(updates=2)
+  step = jax.jit(make_train_step(poisoned("loss"), optax.identity(), lambda s: 0.01, config))
+  state = state_lib.create(params, optax.identity(), False)
+  for number, skips in enumerate([(0, 0), (2, 2), (4, 4), (6, 6), (0, 6)]):
+    state, metrics = step(state, batch(number), key())
+    assert (int(state.skips.consecutive), int(state.skips.total)) == skips
+    assert float(metrics["skips_in_a_row"].total) == skips[0] and float(metrics["skipped"]) == (skips[0] > 0)

@@ -65,7 +65,7 @@ def _pauses(decoder, config, layout):
   return Thoughts(*config.kind_of.step(decoder, hidden, None, config))
 
 
-def _actions(decoder, config, drawn: Thoughts) -> Thoughts:
+def actions(decoder, config, drawn: Thoughts) -> Thoughts:
   """Drawn thoughts as they are fed when they are scored: embeddings of ids are learned, other actions are constants."""
   return drawn.replace(inputs_BGNJD=decoder.embed(drawn.tokens_BGNJ)) if config.kind_of.discrete else drawn
 
@@ -105,6 +105,7 @@ def _persistent(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trac
   thoughts, anchor_BGND, think_BGNJD = jax.tree.map(split, (thoughts, anchor_BND, think_BNJD))
   policy = _policy(decoder, config, anchor_BGND, think_BGNJD, thoughts)
   trace = _trace(decoder, config, batch, layout, thoughts, policy, split(logp_BT), split(hit_BT), outcome_BGN)
+  trace = trace.replace(value_BGN=_value(decoder, anchor_BGND))
   unit_BN, unit_BT = topology.documents(batch, layout)
   end_BGND = split(_gather(readout_BTD, row_layout.anchors_BN))
   return trace.replace(
@@ -123,7 +124,7 @@ def _stream(decoder, drawer, config, rows, stream, keys_BN, N, C, given):
   B, S, D = x_BSD.shape
   if given is None and drawer is not None:
     drawn = stream_serial(drawer, config, stream, jax.lax.stop_gradient(x_BSD), keys_BN, N, C)[1]
-    given = _actions(decoder, config, drawn)
+    given = actions(decoder, config, drawn)
   if given is None and config.length:
     return stream_serial(decoder, config, stream, x_BSD, keys_BN, N, C)[:3]
   if given is None:
@@ -186,6 +187,7 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
     unit_BN=unit_BN,
     unit_BT=unit_BT,
     free_BT=jnp.where(unit_BT < N, 0, batch.weights_BT),
+    value_BGN=_value(decoder, split(anchor_BPD)),
     base_logp_BT=base_logp_BT,
     base_outcome_BN=jnp.sum(pick(base_logp_BT, plan.target_BNM, 0) * weights_BNM, axis=-1),
     outcome_hit_BGN=jnp.all(hit_BGNM | (weights_BNM == 0)[:, None], axis=-1),
@@ -231,7 +233,7 @@ def _drawn(decoder, drawer, config, x_B1TD, anchors, ahead_BPAD, keys_BP, facts)
   """
   x, ahead, A = *jax.lax.stop_gradient((x_B1TD, ahead_BPAD)), ahead_BPAD.shape[2]
   drawn, end_B1TD, prefix, base, draft = replay.draw(drawer, config, x, anchors, facts.positions_BPX, keys_BP, facts)
-  thoughts = _actions(decoder, config, drawn)
+  thoughts = actions(decoder, config, drawn)
   end_BPXD, ahead_inputs = jnp.moveaxis(draft.end_JBPD, 0, 2), None
   if A:
     end_BPAD, ahead_inputs = replay.ahead(drawer, ahead, _live(drawer, config, drawn), facts, prefix, draft)
@@ -299,15 +301,21 @@ def _learned(decoder, config, anchor_BPD, hidden_BPJD, readout_BPMD, targets_BPM
 
 
 def _policy(decoder, config, anchor_BGND, think_BGNJD, thoughts):
-  """(log pi(z | x), mean entropy) of each thought, each [B, G, N]; None for kinds without a policy."""
+  """(log pi(z | x), mean entropy) of each thought [B, G, N], log pi by token, which tokens; None without a policy."""
   if not config.length or not config.kind_of.policy:
     return None
   before = jnp.concatenate([anchor_BGND[..., None, :], think_BGNJD], axis=-2)
   before = before[..., config.opening : config.opening + config.length, :]
   logp_BGNJ, entropy_BGNJ = policy(decoder, config, before, thoughts)
   chosen_BGNJ = config.chosen(config.used(thoughts, decoder.stop))
-  only = lambda a_BGNJ: jnp.sum(jnp.where(chosen_BGNJ, a_BGNJ, 0.0), axis=-1)
-  return only(logp_BGNJ), only(entropy_BGNJ) / jnp.maximum(chosen_BGNJ.sum(axis=-1), 1)
+  logp_BGNJ, entropy_BGNJ = (jnp.where(chosen_BGNJ, a, 0.0) for a in (logp_BGNJ, entropy_BGNJ))
+  entropy_BGN = entropy_BGNJ.sum(axis=-1) / jnp.maximum(chosen_BGNJ.sum(axis=-1), 1)
+  return logp_BGNJ.sum(axis=-1), entropy_BGN, logp_BGNJ, chosen_BGNJ
+
+
+def _value(decoder, anchor_BGND):
+  """What the value head expects of each thought, [B, G, N]; its error does not teach the body. None without one."""
+  return decoder.heads["value"](jax.lax.stop_gradient(anchor_BGND)) if "value" in decoder.heads else None
 
 
 def _report(decoder, config, batch, layout, thoughts, anchor_BGND, end_BGND) -> Report | None:
@@ -332,7 +340,8 @@ def _trace(decoder, config, batch, layout, thoughts, policy, logp_BGT, hit_BGT, 
   valid_BGN = jnp.broadcast_to(valid_BN[:, None], outcome_BGN.shape)
   only = lambda a: jnp.where(valid_BGN, a, 0.0)
   used_BGN = config.used(thoughts, decoder.stop)
-  policy_logp_BGN, entropy_BGN = map(only, policy or (jnp.zeros(outcome_BGN.shape),) * 2)
+  nothing = jnp.zeros(outcome_BGN.shape)
+  policy_logp_BGN, entropy_BGN, token_logp_BGNJ, chosen_BGNJ = policy or (nothing, nothing, None, None)
   return Trace(
     logp_BGT=logp_BGT,
     hit_BGT=hit_BGT,
@@ -341,8 +350,10 @@ def _trace(decoder, config, batch, layout, thoughts, policy, logp_BGT, hit_BGT, 
     ahead_logp_BGNA=None,
     ahead_weights_BNA=None,
     outcome_BGN=only(outcome_BGN),
-    policy_logp_BGN=policy_logp_BGN,
-    entropy_BGN=entropy_BGN,
+    policy_logp_BGN=only(policy_logp_BGN),
+    entropy_BGN=only(entropy_BGN),
+    token_logp_BGNJ=None if policy is None else jnp.where(valid_BGN[..., None], token_logp_BGNJ, 0.0),
+    chosen_BGNJ=None if policy is None else chosen_BGNJ & valid_BGN[..., None],
     valid_BN=valid_BN,
     used_BGN=jnp.where(valid_BGN, used_BGN, 0),
     thoughts=jax.lax.stop_gradient(thoughts),

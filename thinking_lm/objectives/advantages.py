@@ -24,7 +24,9 @@ def mean(reward_BGN):
   """A_g = r_g - mean_j r_j, g included.
 
   The baseline knows z_g, which shrinks the expected gradient by (G - 1) / G and does nothing else. Also Dr. GRPO's (Liu
-  et al. 2025, arXiv:2503.20783), which is GRPO without the division by the group's standard deviation.
+  et al. 2025, arXiv:2503.20783): GRPO without the division by the group's standard deviation, nor by the response's
+  length, by which no member here divides (a thought's log-probability is a sum over its tokens). Being (G - 1) / G of
+  leave_one_out is the paper's own; its constant number of tokens is here the number of targets.
   """
   return reward_BGN - reward_BGN.mean(axis=1, keepdims=True)
 
@@ -44,7 +46,8 @@ def rlp(reward_BGN):
 def grpo(reward_BGN):
   """A_g = (r_g - mean) / max(std, STD_FLOOR), of the group, std with 1 / G; no unit (GRPO, arXiv:2402.03300).
 
-  The paper divides by the standard deviation as it is. Biased: a group counts the more, the more its thoughts agree.
+  The paper divides by the standard deviation as it is, and averages over a response's tokens where we sum. Biased: a
+  group counts the more, the more its thoughts agree.
   """
   return mean(reward_BGN) / jnp.maximum(reward_BGN.std(axis=1, keepdims=True), STD_FLOOR)
 
@@ -52,6 +55,15 @@ def grpo(reward_BGN):
 def quiet_star(reward_BGN):
   """A_g = max(r_g - mean_j r_j, 0): good thoughts are repeated, bad ones not avoided (arXiv:2403.09629). Biased."""
   return jnp.maximum(mean(reward_BGN), 0)
+
+
+def less(reward_BGN, baseline):
+  """A_g = r_g - b, where b knows nothing of z_g. Works for G = 1.
+
+  running_mean: b is the mean reward of earlier steps (carry.py). value: what the value head expects after x alone.
+  greedy: the reward of the same model's greedy thought, which is not drawn (ReMax, Li et al. 2023, arXiv:2310.10505).
+  """
+  return reward_BGN - baseline
 
 
 def varied(reward_BGN):
@@ -95,13 +107,14 @@ def jepo(reward_BGN):
 class Advantage(NamedTuple):
   """A member of the table and its claims.
 
-  of: reward_BGN -> advantage_BGN.
+  of: reward_BGN -> advantage_BGN; with a baseline: (reward_BGN, baseline) -> advantage_BGN.
   unbiased: the expected score gradient is that of E r, or for a member of bound M that of E L for the same G.
   needs: the smallest G for which it is defined.
   scale: G -> expected score gradient / that of E r, where this is a number; None where its direction is another.
   bound: "M" if its reward must be an outcome and it credits the bound M; None if it takes any reward.
   keep: reward_BGN -> keep_BN, the groups that stay in the batch; None keeps all.
   linear: A_g is r_g less a baseline of the others, so that what is subtracted from r_g may be added back elsewhere.
+  baseline: the member of baselines.BASELINES that `of` is given; None for what needs the group only.
   """
 
   of: Callable
@@ -111,6 +124,7 @@ class Advantage(NamedTuple):
   bound: str | None = None
   keep: Callable | None = None
   linear: bool = False
+  baseline: str | None = None
 
 
 ADVANTAGES = dict(
@@ -122,6 +136,9 @@ ADVANTAGES = dict(
   rlp=Advantage(rlp, unbiased=True, needs=2, scale=lambda G: 1.0, linear=True),
   quiet_star=Advantage(quiet_star, unbiased=False, needs=2),
   dapo=Advantage(grpo, unbiased=False, needs=2, keep=varied),
+  ema=Advantage(less, unbiased=True, needs=1, scale=lambda G: 1.0, linear=True, baseline="running_mean"),
+  value=Advantage(less, unbiased=True, needs=1, scale=lambda G: 1.0, linear=True, baseline="value"),
+  greedy=Advantage(less, unbiased=True, needs=1, scale=lambda G: 1.0, linear=True, baseline="greedy"),
   vimco=Advantage(vimco, unbiased=True, needs=2, bound="M"),
   jepo=Advantage(jepo, unbiased=True, needs=2, bound="M"),
 )

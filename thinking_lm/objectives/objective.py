@@ -9,6 +9,9 @@ that micro-batches and devices add up.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +21,15 @@ from thinking_lm.config import option
 from thinking_lm.metrics import Mean
 from thinking_lm.objectives import exits
 from thinking_lm.objectives.advantages import ADVANTAGES, varied
+from thinking_lm.objectives.baselines import BASELINES, reward_of
 from thinking_lm.objectives.bounds import BOUNDS
-from thinking_lm.objectives.rewards import REWARDS, paid
+from thinking_lm.objectives.policy import ESTIMATORS, RATIOS, approximate_kl, bounded_exp, surrogate
+from thinking_lm.objectives.rewards import REWARDS
 from thinking_lm.objectives.scores import SCORES, score
-from thinking_lm.types import Batch, Trace, Vocabulary
+from thinking_lm.types import Batch, Beside, Trace, Vocabulary
+
+NOTHING = Beside()
+"""Of an objective that asks for no other pass."""
 
 MIX_BINS = 5
 """Of the histogram of mixing weights."""
@@ -45,6 +53,20 @@ class ObjectiveConfig:
   advantage: str = option("leave_one_out", "how the score term centres rewards", choices=ADVANTAGES)
   control: float = option(0.0, "weight of REBAR's control variate in the score term, see thought.relaxation", low=0)
   exact: bool = option(False, "draw nothing: nll_weight weighs the bound itself, summed over every thought there is")
+  baseline_decay: float = option(0.99, "advantages ema, value: of the running mean of rewards, per update", low=0)
+  value_weight: float = option(0.5, "advantage value: of the head's squared error, in squared units of reward", above=0)
+  teacher_decay: float = option(
+    0.0,
+    "reward info_gain: against a moving average of the parameters with this decay per update; 0: the same model",
+    low=0,
+    high=1,
+  )
+  ratio: str = option("token", "train.updates above 1: what has an importance ratio of its own", choices=RATIOS)
+  clip_low: float = option(0.2, "train.updates above 1: ratios are clipped at 1 - this ...", low=0, high=1)
+  clip_high: float = option(0.28, "... and at 1 + this", low=0)
+  kl_weight: float = option(0.0, "of the divergence from the reference policy, nats per thought", low=0)
+  kl_estimator: str = option("k3", "how it is estimated from the drawn tokens", choices=ESTIMATORS)
+  kl_reference: str = option("", "work directory of the reference; empty: the parameters that this run starts with")
 
   def faults(self) -> list[str]:
     """Rules across fields."""
@@ -53,6 +75,12 @@ class ObjectiveConfig:
       found.append("nll_weight must not be negative")
     elif not (self.nll_weight or self.score_weight or self.base_weight):
       found.append("nll_weight, score_weight and base_weight are all 0: there is nothing to learn")
+    if self.baseline_decay >= 1:
+      found.append(f"baseline_decay must be below 1, got {self.baseline_decay}")
+    if self.teacher_decay and not (self.score_weight and REWARDS[self.reward].base):
+      found.append("teacher_decay is read by the rewards that compare with no thought: info_gain, under a score_weight")
+    if self.kl_reference and not self.kl_weight:
+      found.append("kl_reference is read where kl_weight is above 0")
     if self.exact and self.score_weight:
       found.append("exact has both terms of the gradient in the value that nll_weight weighs: set score_weight to 0")
     return found + (self._mismatches() if self.score_weight else []) + (self._control_faults() if self.control else [])
@@ -94,8 +122,19 @@ class ObjectiveConfig:
     return found
 
 
-def objective(config: ObjectiveConfig, trace: Trace) -> tuple[jax.Array, dict[str, Mean]]:
-  """(loss summed over targets, metrics). `metrics["loss"]` holds that sum and the number of targets."""
+def objective(
+  config: ObjectiveConfig, trace: Trace, beside: Beside = NOTHING, extra: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[jax.Array, dict[str, Mean]]:
+  """(loss summed over targets, metrics). `metrics["loss"]` holds that sum and the number of targets.
+
+  Args:
+    beside: what other passes over the same rows tell, as far as the config asks for it.
+    extra: what is carried from earlier steps (carry.py).
+
+  With `beside.drawn_logp_BGNJ` the thoughts were drawn by older parameters: the score term then has clipped importance
+  ratios (policy.py), and rewards are those of the present reader. The other terms take the thoughts as they come: their
+  expectation is over the policy that drew.
+  """
   count_B = trace.weights_BT.sum(axis=1)
   if trace.ahead_weights_BNA is not None:
     count_B += trace.ahead_weights_BNA.sum(axis=(1, 2))
@@ -112,36 +151,45 @@ def objective(config: ObjectiveConfig, trace: Trace) -> tuple[jax.Array, dict[st
   if config.entropy_weight:
     loss -= config.entropy_weight * jnp.sum(trace.entropy_BGN.mean(axis=1) * trace.valid_BN)
   if config.score_weight:
-    score, share_B, told = _score(config, trace)
-    loss -= config.score_weight * score
+    term, share_B, told = _score(config, trace, beside, extra)
+    loss += term
     count_B *= share_B
     metrics |= told
+  if config.kl_weight and beside.reference_logp_BGNJ is not None:
+    delta_BGNJ = trace.token_logp_BGNJ - beside.reference_logp_BGNJ
+    kl_BGN = jnp.sum(ESTIMATORS[config.kl_estimator].of(delta_BGNJ) * trace.chosen_BGNJ, axis=-1)
+    loss += config.kl_weight * jnp.sum(kl_BGN.mean(axis=1))
+    metrics["kl"] = Mean.of(kl_BGN, trace.valid_BN[:, None])
+  if beside.teacher_logp_BT is not None:
+    metrics["nll_teacher"] = Mean.of(-beside.teacher_logp_BT, trace.weights_BT)
   return loss, metrics | dict(loss=Mean(loss, count_B.sum()))
 
 
-def _score(config, trace):
-  """(sum over thoughts of A log pi(z) / G, share of each row's targets that it is averaged over, metrics).
+def _score(config, trace, beside, extra):
+  """(-score_weight sum over thoughts of A log pi(z) / G, share of each row's targets it is averaged over, metrics).
+
+  With a value head, also its squared error.
 
   The share is that of the row's groups which the advantage keeps: rows are never split between devices or
   micro-batches, so that the counts of a global batch add up. Metrics: reward, its reward_std within a group, the share
-  of flat_groups (whose thoughts are all paid the same, see `varied`), advantage_abs.
+  of flat_groups (whose thoughts are all paid the same, see `varied`), advantage_abs; with a value head value_explained,
+  1 - its squared error / that of the running mean of rewards (1 is perfect, 0 no better than that mean).
   """
   member, (B, G, N) = ADVANTAGES[config.advantage], trace.outcome_BGN.shape
-  credited = exits.settled(BOUNDS[config.bound].credit(jax.lax.stop_gradient(trace)))
-  reward_BGN = paid(config, credited)
-  if config.halt_weight:
-    reward_BGN -= config.halt_weight * exits.divergence(credited, config.halt_prior)
+  reward_BGN = reward_of(config, trace, beside)
   credit_BGN, control_BGN = reward_BGN, jnp.zeros_like(reward_BGN)
   if config.control:
     copies = BOUNDS[config.bound].credit(trace.replace(outcome_BGN=trace.relaxed_BGN))
     control_BGN = config.control * REWARDS[config.reward].of(copies)
     credit_BGN -= jax.lax.stop_gradient(control_BGN)
-  advantage_BGN = member.of(credit_BGN)
+  against = () if member.baseline is None else (BASELINES[member.baseline].of(config, trace, beside, extra),)
+  advantage_BGN = member.of(credit_BGN, *against)
   keep_BN, share_B = trace.valid_BN, jnp.ones(B)
   if member.keep:
     keep_BN &= member.keep(reward_BGN)
     share_B = keep_BN.sum(axis=1) / jnp.maximum(trace.valid_BN.sum(axis=1), 1)
-  score = jnp.sum((advantage_BGN * trace.policy_logp_BGN + control_BGN) * keep_BN[:, None]) / G
+  score_BGN, moved = _likelihood(config, trace, beside, advantage_BGN)
+  loss = -config.score_weight * (jnp.sum((score_BGN + control_BGN) * keep_BN[:, None]) / G)
   valid_BGN = jnp.broadcast_to(trace.valid_BN[:, None], (B, G, N))
   told = dict(
     reward=Mean.of(reward_BGN, valid_BGN),
@@ -149,7 +197,31 @@ def _score(config, trace):
     flat_groups=Mean.of(~varied(reward_BGN), trace.valid_BN),
     advantage_abs=Mean.of(jnp.abs(advantage_BGN), valid_BGN),
   )
-  return score, share_B, told
+  if member.baseline and BASELINES[member.baseline].head:
+    error_BGN = jnp.square(trace.value_BGN - reward_BGN) * valid_BGN
+    plain_BGN = jnp.square(BASELINES["running_mean"].of(config, trace, beside, extra) - reward_BGN) * valid_BGN
+    loss += config.value_weight * jnp.sum(error_BGN) / G
+    told |= dict(value_explained=Mean(jnp.sum(plain_BGN - error_BGN), jnp.sum(plain_BGN)))
+  return loss, share_B, told | moved
+
+
+def _likelihood(config, trace, beside, advantage_BGN):
+  """(A log pi of each thought, or where older parameters drew them A times the clipped ratios; metrics of these).
+
+  clip_fraction: ratios whose gradient the clip took away. ratio: their mean, 1 in expectation for tokens. approx_kl: of
+  the policy that drew to the present one, nats per ratio.
+  """
+  if beside.drawn_logp_BGNJ is None:
+    return advantage_BGN * trace.policy_logp_BGN, {}
+  delta_BGNX = RATIOS[config.ratio](trace.token_logp_BGNJ - beside.drawn_logp_BGNJ)
+  chosen_BGNX = trace.chosen_BGNJ[..., : delta_BGNX.shape[-1]]
+  value_BGNX, cut_BGNX = surrogate(delta_BGNX, advantage_BGN[..., None], config.clip_low, config.clip_high)
+  told = dict(
+    clip_fraction=Mean.of(cut_BGNX, chosen_BGNX),
+    ratio=Mean.of(bounded_exp(delta_BGNX), chosen_BGNX),
+    approx_kl=Mean.of(approximate_kl(delta_BGNX), chosen_BGNX),
+  )
+  return jnp.sum(value_BGNX * chosen_BGNX, axis=-1), told
 
 
 def describe(trace: Trace) -> dict[str, Mean]:

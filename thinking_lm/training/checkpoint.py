@@ -16,7 +16,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -151,17 +151,19 @@ def read_params(directory, abstract: Any, averaged: bool = False) -> tuple[int, 
   return step, load(directory / str(step), abstract, "ema/" if averaged else "params/")
 
 
-def load(directory: epath.Path, abstract: Any, prefix: str = "") -> Any:
+def load(directory: epath.Path, abstract: Any, prefix: str = "", spare: Collection[str] = ()) -> Any:
   """The arrays of one verified step, as the tree `abstract` of ShapeDtypeStructs, whose shardings they get.
 
   prefix: the place of `abstract` within the saved state, for a reader that wants only a part (`params/`).
+  spare: names below `prefix` that may be there although `abstract` has none.
 
   Raises:
     ConfigError: one line for every leaf that is missing, unknown or of another shape or type.
   """
   saved = read_manifest(directory)["schema"]
   wanted = {prefix + name: leaf for name, leaf in named_leaves(abstract).items()}
-  saved = {name: shape for name, shape in saved.items() if name.startswith(prefix)}
+  ignored = {prefix + name for name in spare} - wanted.keys()
+  saved = {name: shape for name, shape in saved.items() if name.startswith(prefix) and name not in ignored}
   _compare(directory, saved, {prefix + name: shape for name, shape in schema(abstract).items()})
   context = ocp.Context()
   context.pytree.loading.partial_load = True

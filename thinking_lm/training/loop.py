@@ -17,7 +17,7 @@ from thinking_lm.config import option
 from thinking_lm.errors import ConfigError, DivergedError, Preempted
 from thinking_lm.training import mesh as mesh_lib
 from thinking_lm.training import state as state_lib
-from thinking_lm.training import storage, workdir, writers
+from thinking_lm.training import storage, warm, workdir, writers
 from thinking_lm.training.alarms import Watch
 from thinking_lm.training.checkpoint import CheckpointConfig, Checkpoints, list_steps, verify
 from thinking_lm.training.optimizer import (
@@ -27,7 +27,7 @@ from thinking_lm.training.optimizer import (
   make_schedule,
   schedule_faults,
 )
-from thinking_lm.training.step import CarryFn, LossFn, StepConfig, make_train_step, unchanged
+from thinking_lm.training.step import CarryFn, DrawFn, LossFn, StepConfig, make_train_step, unchanged
 
 TOKENS = ("real_tokens", "think_tokens")
 """Metrics whose totals are shown per second."""
@@ -40,6 +40,8 @@ class TrainConfig:
   steps: int = option(1000, "steps of the whole run", low=1)
   batch_size: int = option(32, "rows of a step, over all devices, hosts and micro-batches", low=1)
   accumulation: int = option(1, "micro-batches of a step: less memory, the same gradient", low=1)
+  updates: int = option(1, "optimizer updates of a step on thoughts that are drawn once, before the first", low=1)
+  init_from: str = option("", "work directory whose parameters this run starts with; empty: fresh ones")
   seed: int = option(0, "everything random derives from it", low=0, high=2**32 - 1)
   log_every: int = option(10, "steps between rows of metrics", low=1)
   max_skips: int = option(5, "non-finite steps in a row after which the run stops", low=1)
@@ -195,6 +197,9 @@ class Run:
   init_fn: key -> parameters. axes: see `mesh.shardings`. loss_fn: see `step.LossFn`. data: see `Data`.
   carry_init, carry_update: what the objective carries from step to step; see `state.CarryInit` and `step.CarryFn`.
   watch: what looks at every row and raises alarms. work: the FLOPs of a step, for its rates.
+  carry_from: member of that, shaped like the parameters -> work directory whose parameters it starts as.
+  draw_fn: for train.updates above 1; see `step.DrawFn`.
+  optional: names (or beginnings) of parameters that a run may have and the one it starts from not, or the reverse.
   resolved_config: nested dict of JSON values, what `config.json` will say and what another start must agree with.
   record: what every checkpoint's manifest says besides, for its readers.
   """
@@ -214,6 +219,9 @@ class Run:
   carry_update: CarryFn = unchanged
   watch: Watch | None = None
   work: writers.Work | None = None
+  carry_from: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  draw_fn: DrawFn | None = None
+  optional: tuple[str, ...] = ()
 
 
 def train(run: Run, path: str) -> state_lib.TrainState:
@@ -291,11 +299,11 @@ class _Session:
 class Program:
   """What a run compiles for a mesh. Nothing is allocated, so that a pod's can be compiled where there is no pod.
 
-  init: key -> the state before the first step. state: its ShapeDtypeStructs with their shardings. step: the jitted
-  training step.
+  create: parameters -> the state before the first step. state: its ShapeDtypeStructs with their shardings. step: the
+  jitted training step.
   """
 
-  init: Callable[[jax.Array], state_lib.TrainState]
+  create: Callable[[types.Params], state_lib.TrainState]
   state: state_lib.TrainState
   step: Callable
 
@@ -308,17 +316,27 @@ class Program:
 def program(run: Run, mesh: jax.sharding.Mesh) -> Program:
   """The program of a run; call its functions under `jax.set_mesh(mesh)`."""
   optimizer = make_optimizer(run.optimizer, run.axes)
-  init = state_lib.make_init(run.init_fn, optimizer, run.optimizer.ema > 0, run.carry_init)
-  abstract = jax.eval_shape(init, state_lib.key(run.train.seed, "init"))
+  create = lambda params: state_lib.create(params, optimizer, run.optimizer.ema > 0, run.carry_init)
+  abstract = jax.eval_shape(lambda key: create(run.init_fn(key)), state_lib.key(run.train.seed, "init"))
   shardings = state_lib.shardings(abstract, run.axes, mesh)
   placed = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
   )
   schedule = make_schedule(run.optimizer, run.train.steps)
-  config = StepConfig(run.train.accumulation, run.optimizer.ema)
-  step = make_train_step(run.loss_fn, optimizer, schedule, config, run.carry_update)
+  config = StepConfig(run.train.accumulation, run.optimizer.ema, run.train.updates)
+  step = make_train_step(run.loss_fn, optimizer, schedule, config, run.carry_update, run.draw_fn)
   step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, mesh_lib.replicated(mesh)))
-  return Program(init, placed, step)
+  return Program(create, placed, step)
+
+
+def _first(run: Run, made: Program) -> state_lib.TrainState:
+  """The state before the first step, with the parameters of other runs where the config says so."""
+  params = jax.jit(run.init_fn, out_shardings=made.shardings.params)(state_lib.key(run.train.seed, "init"))
+  if run.train.init_from:
+    params = warm.start(run.train.init_from, params, run.optional)
+  state = jax.jit(made.create, out_shardings=made.shardings, donate_argnums=0)(params)
+  copies = {name: warm.start(path, state.extra[name], run.optional) for name, path in run.carry_from.items()}
+  return state.replace(extra=state.extra | copies)
 
 
 def _train(run: Run, session: _Session) -> state_lib.TrainState:
@@ -333,7 +351,7 @@ def _train(run: Run, session: _Session) -> state_lib.TrainState:
     made = program(run, mesh)
     state = session.checkpoints.restore(made.state)
     if state is None:
-      state = jax.jit(made.init, out_shardings=made.shardings)(state_lib.key(run.train.seed, "init"))
+      state = _first(run, made)
     start = int(state.step)
     with contextlib.closing(writers.Progress(start, steps, quiet=session.status is None)) as progress:
       if start == steps:

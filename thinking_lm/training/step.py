@@ -15,6 +15,9 @@ from thinking_lm.training.state import Skips, TrainState
 LossFn = Callable[[types.Params, types.Batch, jax.Array, types.Carried], tuple[jax.Array, dict[str, Mean]]]
 """(params, batch, key, carried) -> (sum of the losses, metrics); `metrics['loss'].count` divides the sum."""
 
+DrawFn = Callable[[types.Params, types.Batch, jax.Array, types.Carried], Any]
+"""(params, batch, key, carried) -> what `Carried.drawn` says in every update of a step, drawn once before the first."""
+
 CarryFn = Callable[[dict[str, Any], types.Params, dict[str, Mean], jax.Array], dict[str, Any]]
 """(extra, new parameters, metrics, step) -> the extra of the next step. The metrics are sums over the global batch."""
 
@@ -23,10 +26,13 @@ StepFn = Callable[[TrainState, types.Batch, jax.Array], tuple[TrainState, dict[s
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-  """accumulation: micro-batches of a step. ema: decay of the averaged parameters, 0 for none."""
+  """accumulation: micro-batches of an update. ema: decay of the averaged parameters per update, 0 for none.
+  updates: how often a step updates on its rows; with one, nothing is drawn beforehand.
+  """
 
   accumulation: int = 1
   ema: float = 0.0
+  updates: int = 1
 
 
 def _split(batch: Any, parts: int) -> Any:
@@ -38,6 +44,15 @@ def _split(batch: Any, parts: int) -> Any:
     return rows.reshape(rows.shape[0] // parts, parts, *rows.shape[1:]).swapaxes(0, 1)
 
   return jax.tree.map(split, batch)
+
+
+def _draw(draw_fn: DrawFn, params: types.Params, batch: types.Batch, key, accumulation: int, carried: types.Carried):
+  """What `draw_fn` draws for all rows, micro-batch by micro-batch."""
+  draw = lambda rows: jax.lax.stop_gradient(draw_fn(params, rows, key, carried))
+  if accumulation == 1:
+    return draw(batch)
+  parts = jax.lax.map(draw, _split(batch, accumulation))
+  return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), parts)
 
 
 def unchanged(extra, params, metrics, step):
@@ -86,52 +101,70 @@ def _select(good: jax.Array, new: Any, old: Any) -> Any:
   return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
 
+def _update(loss_fn, optimizer, carry_update, config, rate, state, batch, key, drawn):
+  """(The state after one update, or that before it if this was not finite; metrics). `step` is left as it is."""
+  carried = types.Carried(step=state.step, extra=state.extra, drawn=drawn)
+  grads, metrics = gradients(loss_fn, state.params, batch, key, config.accumulation, carried)
+  directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  updates = jax.tree.map(lambda d: -rate * d, directions)
+  params = optax.apply_updates(state.params, updates)
+  norms = dict(
+    grad_norm=optax.tree.norm(grads), update_norm=optax.tree.norm(updates), param_norm=optax.tree.norm(params)
+  )
+  good = jnp.isfinite(metrics["loss"].total)
+  for norm in norms.values():
+    good &= jnp.isfinite(norm)
+  ema = state.ema
+  if config.ema:
+    ema = jax.tree.map(lambda e, p: config.ema * e + (1 - config.ema) * p, state.ema, params)
+  bad = (~good).astype(jnp.int32)
+  skips = Skips((state.skips.consecutive + 1) * bad, state.skips.total + bad)
+  extra = carry_update(state.extra, params, metrics, state.step)
+  new = dict(params=params, opt_state=opt_state, ema=ema, extra=extra)
+  kept = _select(good, new, {name: getattr(state, name) for name in new})
+  scalars = dict(norms, learning_rate=rate, skipped=bad, skips_in_a_row=skips.consecutive)
+  own = {name: Mean(jnp.asarray(x, jnp.float32), jnp.float32(1)) for name, x in scalars.items()}
+  clash = own.keys() & metrics.keys()
+  if clash:
+    raise ValueError(f"the loss function's metrics use the step's names {sorted(clash)}")
+  return state.replace(skips=skips, **kept), {**metrics, **own}
+
+
 def make_train_step(
   loss_fn: LossFn,
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
   config: StepConfig,
   carry_update: CarryFn = unchanged,
+  draw_fn: DrawFn | None = None,
 ) -> StepFn:
   """(state, batch, key) -> (state, metrics).
 
-  key: of the purpose `train`; step s uses fold_in(key, s).
+  key: of the purpose `train`; step s uses fold_in(key, s), in all its updates.
+  With `config.updates` above 1, `draw_fn` draws once with the parameters before the step, and that many updates follow
+  on the same rows, at the same learning rate, each told what was drawn.
   An update is applied only if the loss and the norms of the gradient, the update and the new parameters are finite.
   If not, parameters, optimizer state, EMA and `extra` keep their bits, `state.skips` counts it, and `step` advances all
   the same (so the next step sees other data).
   Metrics: those of `loss_fn`, and grad_norm (before clipping), update_norm (as applied), param_norm, learning_rate,
-  skipped (0 or 1), skips_in_a_row.
+  skipped (0 or 1), skips_in_a_row. Of several updates, sums and counts are averaged; skips_in_a_row is the last.
   """
 
   def train_step(state: TrainState, batch: types.Batch, key: jax.Array):
-    step_key = jax.random.fold_in(key, state.step)
-    carried = types.Carried(step=state.step, extra=state.extra)
-    grads, metrics = gradients(loss_fn, state.params, batch, step_key, config.accumulation, carried)
-    directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    key = jax.random.fold_in(key, state.step)
     rate = jnp.asarray(schedule(state.step), jnp.float32)
-    updates = jax.tree.map(lambda d: -rate * d, directions)
-    params = optax.apply_updates(state.params, updates)
-    norms = dict(
-      grad_norm=optax.tree.norm(grads), update_norm=optax.tree.norm(updates), param_norm=optax.tree.norm(params)
-    )
-    good = jnp.isfinite(metrics["loss"].total)
-    for norm in norms.values():
-      good &= jnp.isfinite(norm)
-    ema = state.ema
-    if config.ema:
-      ema = jax.tree.map(lambda e, p: config.ema * e + (1 - config.ema) * p, state.ema, params)
-    bad = (~good).astype(jnp.int32)
-    skips = Skips((state.skips.consecutive + 1) * bad, state.skips.total + bad)
-    new = dict(
-      params=params, opt_state=opt_state, ema=ema, extra=carry_update(state.extra, params, metrics, state.step)
-    )
-    kept = _select(good, new, {name: getattr(state, name) for name in new})
-    new_state = state.replace(step=state.step + 1, skips=skips, **kept)
-    scalars = dict(norms, learning_rate=rate, skipped=bad, skips_in_a_row=skips.consecutive)
-    own = {name: Mean(jnp.asarray(x, jnp.float32), jnp.float32(1)) for name, x in scalars.items()}
-    clash = own.keys() & metrics.keys()
-    if clash:
-      raise ValueError(f"the loss function's metrics use the step's names {sorted(clash)}")
-    return new_state, {**metrics, **own}
+
+    def update(state, drawn):
+      return _update(loss_fn, optimizer, carry_update, config, rate, state, batch, key, drawn)
+
+    if config.updates == 1:
+      state, metrics = update(state, None)
+    else:
+      carried = types.Carried(step=state.step, extra=state.extra)
+      drawn = _draw(draw_fn, state.params, batch, key, config.accumulation, carried) if draw_fn else None
+      state, metrics = jax.lax.scan(lambda state, _: update(state, drawn), state, length=config.updates)
+      last = jax.tree.map(lambda x: x[-1], metrics["skips_in_a_row"])
+      metrics = {**jax.tree.map(lambda x: x.mean(axis=0), metrics), "skips_in_a_row": last}
+    return state.replace(step=state.step + 1), metrics
 
   return train_step

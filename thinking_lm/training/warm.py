@@ -1,0 +1,42 @@
+"""A warm start: the parameters of another run in place of fresh ones."""
+
+import jax
+from absl import logging
+
+from thinking_lm import types
+from thinking_lm.errors import DataError
+from thinking_lm.training import workdir
+from thinking_lm.training.checkpoint import load, survey, verify
+from thinking_lm.training.state import named_leaves
+
+
+def start(path: str, params: types.Params, optional: tuple[str, ...] = ()) -> types.Params:
+  """`params` with the values that the newest intact checkpoint of the work directory `path` has for these names.
+
+  Parameters whose names begin with one of `optional` may be missing there, and keep their fresh values, or be there
+  only, and are left out; both are said. Every other parameter must be in both, of one shape.
+
+  Raises:
+    DataError: there is no intact checkpoint. ConfigError: one line for every parameter that does not fit.
+  """
+  directory = workdir.resolve(path) / "checkpoints"
+  step, _ = survey(directory)
+  if step is None:
+    raise DataError(f"there is no checkpoint in {directory} to start from")
+  schema = verify(directory / str(step))["schema"]
+  saved = {name.removeprefix("params/") for name in schema if name.startswith("params/")}
+  leaves = named_leaves(params)
+  fresh = {name for name in leaves.keys() - saved if name.startswith(optional)}
+  spare = {name for name in saved - leaves.keys() if name.startswith(optional)}
+  wanted = {
+    name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    for name, leaf in leaves.items()
+    if name not in fresh
+  }
+  loaded = load(directory / str(step), wanted, "params/", spare)
+  logging.warning("starting from the parameters of step %d of %s", step, path)
+  for names, what in ((fresh, "not there, and fresh"), (spare, "there only, and left out")):
+    if names:
+      logging.warning("parameters that are %s: %s", what, ", ".join(sorted(names)))
+  values = [loaded.get(name, leaf) for name, leaf in leaves.items()]
+  return jax.tree.unflatten(jax.tree.structure(params), values)
