@@ -29,7 +29,7 @@ PAST = {"objective.reward": "info_gain", "objective.teacher_decay": 0.9, "object
 EVERYTHING = PAST | {
   **{"thought.topology": "private", "thought.length": 2, "thought.samples": 2, "thought.lookahead": 2},
   **{"objective.advantage": "value", "objective.baseline_decay": 0.8, "train.updates": 2},
-  **{"optimizer.learning_rate": 0.03, "optimizer.warmup_steps": 0},
+  **{"optimizer.learning_rate": 0.03, "optimizer.eps": 1e-4},
 }
 
 
@@ -80,7 +80,7 @@ def test_what_is_carried_does_not_depend_on_micro_batches():
   (_, whole, told), (_, parts, same) = stepped(1), stepped(4)
   for name, leaf in state_lib.named_leaves(whole[1].extra).items():
     other = state_lib.named_leaves(parts[1].extra)[name]
-    np.testing.assert_allclose(other, leaf, rtol=1e-4, atol=1e-5 * np.abs(leaf).max(), err_msg=name)
+    np.testing.assert_allclose(other, leaf, rtol=1e-4, atol=2e-5 * np.abs(leaf).max(), err_msg=name)
   assert float(same["value_explained"]) == pytest.approx(float(told["value_explained"]), rel=1e-2)
 
 

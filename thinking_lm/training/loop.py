@@ -299,10 +299,11 @@ class _Session:
 class Program:
   """What a run compiles for a mesh. Nothing is allocated, so that a pod's can be compiled where there is no pod.
 
-  create: parameters -> the state before the first step. state: its ShapeDtypeStructs with their shardings. step: the
-  jitted training step.
+  init: key -> the state before the first step. create: parameters -> the same. state: its ShapeDtypeStructs with their
+  shardings. step: the jitted training step.
   """
 
+  init: Callable[[jax.Array], state_lib.TrainState]
   create: Callable[[types.Params], state_lib.TrainState]
   state: state_lib.TrainState
   step: Callable
@@ -317,7 +318,8 @@ def program(run: Run, mesh: jax.sharding.Mesh) -> Program:
   """The program of a run; call its functions under `jax.set_mesh(mesh)`."""
   optimizer = make_optimizer(run.optimizer, run.axes)
   create = lambda params: state_lib.create(params, optimizer, run.optimizer.ema > 0, run.carry_init)
-  abstract = jax.eval_shape(lambda key: create(run.init_fn(key)), state_lib.key(run.train.seed, "init"))
+  init = lambda key: create(run.init_fn(key))
+  abstract = jax.eval_shape(init, state_lib.key(run.train.seed, "init"))
   shardings = state_lib.shardings(abstract, run.axes, mesh)
   placed = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
@@ -326,15 +328,18 @@ def program(run: Run, mesh: jax.sharding.Mesh) -> Program:
   config = StepConfig(run.train.accumulation, run.optimizer.ema, run.train.updates)
   step = make_train_step(run.loss_fn, optimizer, schedule, config, run.carry_update, run.draw_fn)
   step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, mesh_lib.replicated(mesh)))
-  return Program(create, placed, step)
+  return Program(init, create, placed, step)
 
 
 def _first(run: Run, made: Program) -> state_lib.TrainState:
   """The state before the first step, with the parameters of other runs where the config says so."""
-  params = jax.jit(run.init_fn, out_shardings=made.shardings.params)(state_lib.key(run.train.seed, "init"))
+  key = state_lib.key(run.train.seed, "init")
   if run.train.init_from:
+    params = jax.jit(run.init_fn, out_shardings=made.shardings.params)(key)
     params = warm.start(run.train.init_from, params, run.optional)
-  state = jax.jit(made.create, out_shardings=made.shardings, donate_argnums=0)(params)
+    state = jax.jit(made.create, out_shardings=made.shardings)(params)
+  else:
+    state = jax.jit(made.init, out_shardings=made.shardings)(key)
   copies = {name: warm.start(path, state.extra[name], run.optional) for name, path in run.carry_from.items()}
   return state.replace(extra=state.extra | copies)
 
