@@ -331,19 +331,6 @@ def program(run: Run, mesh: jax.sharding.Mesh) -> Program:
   return Program(init, create, placed, step)
 
 
-def _first(run: Run, made: Program) -> state_lib.TrainState:
-  """The state before the first step, with the parameters of other runs where the config says so."""
-  key = state_lib.key(run.train.seed, "init")
-  if run.train.init_from:
-    params = jax.jit(run.init_fn, out_shardings=made.shardings.params)(key)
-    params = warm.start(run.train.init_from, params, run.optional)
-    state = jax.jit(made.create, out_shardings=made.shardings)(params)
-  else:
-    state = jax.jit(made.init, out_shardings=made.shardings)(key)
-  copies = {name: warm.start(path, state.extra[name], run.optional) for name, path in run.carry_from.items()}
-  return state.replace(extra=state.extra | copies)
-
-
 def _train(run: Run, session: _Session) -> state_lib.TrainState:
   mesh = mesh_lib.make_mesh(run.mesh)
   path, steps = session.path, run.train.steps
@@ -356,7 +343,7 @@ def _train(run: Run, session: _Session) -> state_lib.TrainState:
     made = program(run, mesh)
     state = session.checkpoints.restore(made.state)
     if state is None:
-      state = _first(run, made)
+      state = warm.first_state(run, made)
     start = int(state.step)
     with contextlib.closing(writers.Progress(start, steps, quiet=session.status is None)) as progress:
       if start == steps:

@@ -1,4 +1,6 @@
-"""A warm start: the parameters of another run in place of fresh ones."""
+"""The state before the first step, with the parameters of another run in place of fresh ones where wanted."""
+
+from typing import Any
 
 import jax
 from absl import logging
@@ -7,7 +9,7 @@ from thinking_lm import types
 from thinking_lm.errors import DataError
 from thinking_lm.training import workdir
 from thinking_lm.training.checkpoint import load, survey, verify
-from thinking_lm.training.state import named_leaves
+from thinking_lm.training.state import TrainState, key, named_leaves
 
 
 def start(path: str, params: types.Params, optional: tuple[str, ...] = ()) -> types.Params:
@@ -40,3 +42,16 @@ def start(path: str, params: types.Params, optional: tuple[str, ...] = ()) -> ty
       logging.warning("parameters that are %s: %s", what, ", ".join(sorted(names)))
   values = [loaded.get(name, leaf) for name, leaf in leaves.items()]
   return jax.tree.unflatten(jax.tree.structure(params), values)
+
+
+def first_state(run: Any, made: Any) -> TrainState:
+  """The state before the first step of a `loop.Run`, whose `loop.Program` was made."""
+  init_key = key(run.train.seed, "init")
+  if run.train.init_from:
+    params = jax.jit(run.init_fn, out_shardings=made.shardings.params)(init_key)
+    params = start(run.train.init_from, params, run.optional)
+    state = jax.jit(made.create, out_shardings=made.shardings)(params)
+  else:
+    state = jax.jit(made.init, out_shardings=made.shardings)(init_key)
+  copies = {name: start(path, state.extra[name], run.optional) for name, path in run.carry_from.items()}
+  return state.replace(extra=state.extra | copies)
