@@ -187,7 +187,6 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
     unit_BN=unit_BN,
     unit_BT=unit_BT,
     free_BT=jnp.where(unit_BT < N, 0, batch.weights_BT),
-    value_BGN=_value(decoder, split(anchor_BPD)),
     base_logp_BT=base_logp_BT,
     base_outcome_BN=jnp.sum(pick(base_logp_BT, plan.target_BNM, 0) * weights_BNM, axis=-1),
     outcome_hit_BGN=jnp.all(hit_BGNM | (weights_BNM == 0)[:, None], axis=-1),
@@ -288,8 +287,9 @@ def _end(config, anchor_BPD, hidden_BPXD, used_BP):
 
 
 def _learned(decoder, config, anchor_BPD, hidden_BPJD, readout_BPMD, targets_BPM, weights_BPM) -> dict:
-  """What heads decide of P private thoughts, as in Trace: how they are mixed, and their exits."""
+  """What heads say of P private thoughts, as in Trace: their value, how they are mixed, and their exits."""
   mixed = {} if config.mixing == "none" else dict(mix_BGN=weight(decoder, anchor_BPD, readout_BPMD[:, :, 0]))
+  mixed |= dict(value_BGN=_value(decoder, anchor_BPD))
   if not config.learns_end:
     return mixed
   states_BPKD = jnp.concatenate([anchor_BPD[:, :, None], hidden_BPJD], axis=2)[:, :, jnp.asarray(halting.exits(config))]
