@@ -27,7 +27,8 @@ MAY_IMPORT = {
   "evaluation": BELOW,
   "analysis": BELOW | {"evaluation", "training"},
   "rules": BELOW,
-  "experiment": BELOW | {"evaluation", "training", "rules"},
+  "beside": BELOW,
+  "experiment": BELOW | {"evaluation", "training", "rules", "beside"},
 }
 MAIN = BELOW | {"evaluation", "training", "analysis", "experiment", "rules"}  # a top-level file with a __main__ guard
 

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from thinking_lm import config as config_lib
 from thinking_lm import rules
+from thinking_lm.beside import passes
 from thinking_lm.config import option
 from thinking_lm.data import pipeline
 from thinking_lm.data.rows import assemble
@@ -33,15 +34,12 @@ from thinking_lm.model.generate import Generation, Sampling, generate
 from thinking_lm.model.need import needed
 from thinking_lm.model.rollout import actions, rollout
 from thinking_lm.objectives import carry
-from thinking_lm.objectives.advantages import ADVANTAGES
-from thinking_lm.objectives.baselines import BASELINES, reward_of
 from thinking_lm.objectives.exact import marginal
 from thinking_lm.objectives.health import HealthConfig, History, signs
 from thinking_lm.objectives.health import rules as health_rules
 from thinking_lm.objectives.objective import ObjectiveConfig, objective, volume
 from thinking_lm.thoughts.placement import place
 from thinking_lm.thoughts.spec import ThoughtConfig
-from thinking_lm.thoughts.topology import rest
 from thinking_lm.training.alarms import Watch
 from thinking_lm.training.checkpoint import CheckpointConfig, read_manifest, read_params
 from thinking_lm.training.loop import Run, TrainConfig
@@ -170,7 +168,7 @@ class Experiment:
     if carried.drawn is None:
       layout = self.place(params, batch, thought)
       trace = rollout(self.model, thought, params, batch, layout, key)
-      return trace, self._beside(params, batch, key, carried.extra, layout, trace.thoughts)
+      return trace, passes(self, params, batch, key, carried.extra, layout, trace.thoughts)
     layout, thoughts, beside = carried.drawn
     given = actions(self.model.bind(params), thought, thoughts)
     return rollout(self.model, thought, params, batch, layout, key, given), beside
@@ -179,26 +177,6 @@ class Experiment:
     """What stays the same in all updates of a step: the thoughts, where they are, and what stands beside them."""
     trace, beside = self._think(params, batch, key, carried, self.config.thought)
     return self.place(params, batch), trace.thoughts, beside.replace(drawn_logp_BGNJ=trace.token_logp_BGNJ)
-
-  def _beside(self, params: Params, batch: Batch, key, extra, layout: Layout, thoughts: Thoughts) -> Beside:
-    """The passes beside the rollout that the objective asks for, none of them with a gradient."""
-    goal, thought, beside = self.config.objective, self.config.thought, Beside()
-    params, extra = jax.lax.stop_gradient((params, extra))
-    if "teacher" in extra:
-      plain = self.rollout(extra["teacher"], batch, key, thought=dataclasses.replace(thought, length=0))
-      inside_BNT = rest(batch, layout, thought.lookahead)
-      outcome_BN = jnp.sum(inside_BNT * (plain.logp_BGT * batch.weights_BT[:, None]), axis=-1)
-      beside = beside.replace(teacher_logp_BT=plain.logp_BGT[:, 0], teacher_outcome_BN=outcome_BN)
-    baseline = ADVANTAGES[goal.advantage].baseline
-    if goal.score_weight and baseline and BASELINES[baseline].greedy:
-      one = dataclasses.replace(thought, temperature=0.0, samples=1)
-      greedy = rollout(self.model, one, params, batch, layout, key)
-      beside = beside.replace(greedy_reward_BN=reward_of(goal, greedy, beside)[:, 0])
-    if "reference" in extra:
-      given = actions(self.model.bind(extra["reference"]), thought, thoughts)
-      policy = rollout(self.model, thought, extra["reference"], batch, layout, key, given)
-      beside = beside.replace(reference_logp_BGNJ=policy.token_logp_BGNJ)
-    return jax.lax.stop_gradient(beside)
 
   def run(self, mesh: Mesh | None = None) -> Run:
     """What `training.loop.train` trains.
