@@ -1,0 +1,16 @@
+"""CoT2 (Gozeten et al. 2025, arXiv:2505.23648): think tokens are mixtures of embeddings.
+
+From the paper: softmax-weighted embeddings as think tokens, real gradients through them.
+Departs: no supervision of the mixtures (theirs match the distribution of the possible states), modular arithmetic
+and not minimum non-negative sums; four think tokens before the answer.
+Command: python -m thinking_lm.train --config=configs/recipes/cot2.py --workdir=runs/cot2
+Measured: not run at length; two steps of it are a test.
+"""
+
+from thinking_lm import experiment, recipes
+
+
+def get_config():
+  """The recipe on a small run; see the file's docstring."""
+  config = recipes.start(experiment.default_config(), "answers")
+  return recipes.apply(config, "cot2")

@@ -1,0 +1,64 @@
+"""Every recipe that has a file is run for real: two steps of training on its own data, with a smaller model."""
+
+import ast
+import json
+import pathlib
+import runpy
+
+import jax
+import numpy as np
+import pytest
+
+from thinking_lm import experiment, recipes
+from thinking_lm.training import loop
+from thinking_lm.training.writers import read_rows
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "configs/recipes").glob("*.py"))
+STAGES = dict(fast_quiet_star=("0", "3"), coconut=("0", "1", "3"))
+CASES = [(path, stage) for path in FILES for stage in STAGES.get(path.stem, (None,))]
+SECTIONS = ("Command:", "Measured:", "arXiv:")
+
+
+def shrunk(path, stage, tmp_path):
+  """The config of a file with a model, rows and groups small enough for a test."""
+  get_config = runpy.run_path(str(path))["get_config"]
+  values = get_config() if stage is None else get_config(stage)
+  values.model.update(layers=1, width=16, heads=2)
+  values.train.update(steps=2, batch_size=4, log_every=1, tensorboard=False)
+  values.optimizer.update(warmup_steps=0, schedule="constant")
+  values.data.threads = 0
+  if values.data.source == "default":
+    values.data.sequence_length = 32
+  if values.data.source == "verdicts":
+    rows = [dict(prompt=f"{p}=", candidate=str(c), correct=p == c) for p in range(30) for c in range(2)]
+    (tmp_path / "v.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values.data.input = str(tmp_path / "v.jsonl")
+  values.thought.samples = min(values.thought.samples, 2)
+  values.thought.length = min(values.thought.length, max(3, 2 * values.thought.report))
+  return values
+
+
+@pytest.mark.parametrize(("path", "stage"), CASES, ids=lambda value: getattr(value, "stem", value))
+def test_a_recipe_trains(path, stage, tmp_path):
+  built = experiment.build(experiment.parse(shrunk(path, stage, tmp_path)))
+  state = loop.train(built.run(), str(tmp_path / "run"))
+  rows = read_rows(tmp_path / "run/metrics.jsonl")
+  assert int(state.step) == 2 and all(np.isfinite(row["loss"]) for row in rows)
+  assert int(state.skips.total) == 0 and rows[-1]["update_norm"] > 0
+  thinks = built.config.thought.length > 0
+  assert (rows[-1]["think_tokens"] > 0) == thinks or built.config.thought.halting != "fixed"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_recipe_file_is_a_protocol(path):
+  text = ast.get_docstring(ast.parse(path.read_text()))
+  assert "arXiv:" in text and "Measured:" in text and "python -m thinking_lm.train" in text
+  assert "Departs" in text or "Not a paper's" in text
+
+
+def test_every_named_recipe_is_legal_on_a_start_and_keeps_to_known_options():
+  for name in recipes.RECIPES:
+    config = recipes.apply(recipes.start(experiment.default_config(), "text"), name)
+    experiment.parse(config)
+  assert jax.tree.leaves(recipes.STARTS)
