@@ -4,7 +4,7 @@ From the paper: the curriculum. A model that was trained to think long goes on w
 ends without any (their NTP variant). Stage k is one run of its own that starts from the parameters of the one
 before:
   python -m thinking_lm.train --config=configs/recipes/fast_quiet_star.py:0 --workdir=runs/f0
-  python -m thinking_lm.train --config=configs/recipes/fast_quiet_star.py:1 --workdir=runs/f1 --config.train.init_from=runs/f0
+  ... --config=configs/recipes/fast_quiet_star.py:1 --workdir=runs/f1 --config.train.init_from=runs/f0
 Departs: as quiet_star.py does; lengths 9, 6, 3, 0 are ours; the last stage is plain next-token training and not
 their reinforcement fine-tuning; the optimizer starts anew in every stage.
 Measured: not run at length; two steps of each stage are a test.
