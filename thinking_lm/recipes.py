@@ -43,7 +43,6 @@ RECIPES = dict(
     "objective.score_weight": 1.0,
     "objective.advantage": "leave_one_out",
   },
-<<<<<<< HEAD
   verbalised={
     "thought.kind": "sampled",
     "thought.length": 6,
@@ -55,7 +54,7 @@ RECIPES = dict(
     "objective.calibration_weight": 1.0,
     "objective.price": 0.01,
     "objective.advantage": "leave_one_out",
-=======
+  },
   quiet_star={
     "thought.kind": "sampled",
     "thought.length": 9,
@@ -107,7 +106,6 @@ RECIPES = dict(
     "thought.length": 1,
     "thought.placement": "every",
     "thought.rotary": "anchor",
-    "thought.iterations": 3,
   },
   cot2={"thought.kind": "soft", "thought.length": 4, "thought.rotary": "advance"},
   catch_your_breath={
@@ -130,7 +128,6 @@ RECIPES = dict(
     "objective.score_weight": 1.0,
     "objective.advantage": "leave_one_out",
     "objective.price": 0.01,
->>>>>>> 797d8a7 (Recipes as files, each with its protocol and run in a test)
   },
 )
 """name -> what it sets.
@@ -142,15 +139,12 @@ hybrid: sampled tokens and both terms of grad J; exact for a persistent thought,
 jepo: both terms of the gradient of the log of the mean probability over G thoughts, with the leave-one-out credit of
 JEPO (arXiv:2503.19618); without its penalty on the distance to a reference policy. verifree: both terms of the gradient
 of the expected probability (VeriFree, arXiv:2505.21493). Where the papers think once, before an answer, these two think
-<<<<<<< HEAD
 before the next token; thought.lookahead and the placement give other outcomes. verbalised: at most two tokens of
 thought, then two pairs of a candidate and how sure the model is of it, paid by log p(next token) + the Brier score of
 that report - the price of the tokens; RLCR (arXiv:2507.16806) is the same with reward exact_match and one confidence in
 the model's own answer.
-=======
 before the next token; thought.lookahead and the placement give other outcomes. The others are the papers' own, each
 with a file in configs/recipes/ that says what it takes from its paper and where it departs.
->>>>>>> 797d8a7 (Recipes as files, each with its protocol and run in a test)
 """
 
 

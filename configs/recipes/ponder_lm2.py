@@ -1,9 +1,7 @@
-"""PonderLM-2 (Zeng et al. 2025, arXiv:2509.23184): a latent thought after every token, trained by Jacobi iterations.
+"""PonderLM-2 (Zeng et al. 2025, arXiv:2509.23184): a latent thought after every token.
 
-From the paper: the last hidden state is fed back once before each next token, at its token's position; training runs
-3 parallel passes in place of the serial chain.
-Departs: a fixed number of passes from the start (theirs is drawn); a small decoder. Iterations are an approximation:
-jacobi_residual tells how far from the serial model they end; --config.thought.iterations=0 is exact.
+From the paper: the last hidden state is fed back once before each next token, at its token's position.
+Departs: the serial chain is trained exactly, where theirs is approximated by parallel Jacobi passes; a small decoder.
 Command: python -m thinking_lm.train --config=configs/recipes/ponder_lm2.py --workdir=runs/ponder_lm2
 Measured: not run at length; two steps of it are a test.
 """
