@@ -49,7 +49,8 @@ def test_a_recipe_trains(path, stage, tmp_path):
   batches = built.data.batches("train", global_batch=8)
   for step in range(2):
     grads, metrics = gradient(params, jax.tree.map(jnp.asarray, next(batches)), jax.random.key(step), carried)
-    params = jax.tree.map(lambda p, g: p - 0.1 * g / metrics["loss"].count, params, grads)
+    count = float(metrics["loss"].count)
+    params = jax.tree.map(lambda p, g, count=count: p - 0.1 * g / count, params, grads)
   assert np.isfinite(float(metrics["loss"])) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
   assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
 
