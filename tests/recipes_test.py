@@ -1,4 +1,4 @@
-"""Every recipe that has a file is run for real: two gradient steps on its own data, with a smaller model."""
+"""Every recipe that has a file is a legal config and says what it is."""
 
 import ast
 import json
@@ -6,12 +6,9 @@ import pathlib
 import runpy
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from thinking_lm import experiment, recipes
-from thinking_lm.types import Carried
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "configs/recipes").glob("*.py"))
@@ -40,19 +37,8 @@ def shrunk(path, stage, tmp_path):
 
 
 @pytest.mark.parametrize(("path", "stage"), CASES, ids=lambda value: getattr(value, "stem", value))
-def test_a_recipe_trains(path, stage, tmp_path):
-  built = experiment.build(experiment.parse(shrunk(path, stage, tmp_path)))
-  params = jax.jit(built.init)(jax.random.key(0))
-  run = built.run()
-  carried = Carried(extra=run.carry_init(params))
-  gradient = jax.jit(jax.grad(built.loss_fn, has_aux=True))
-  batches = built.data.batches("train", global_batch=8)
-  for step in range(2):
-    grads, metrics = gradient(params, jax.tree.map(jnp.asarray, next(batches)), jax.random.key(step), carried)
-    count = float(metrics["loss"].count)
-    params = jax.tree.map(lambda p, g, count=count: p - 0.1 * g / count, params, grads)
-  assert np.isfinite(float(metrics["loss"])) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
-  assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
+def test_a_recipe_is_legal(path, stage, tmp_path):
+  experiment.parse(shrunk(path, stage, tmp_path))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

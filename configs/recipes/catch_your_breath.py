@@ -5,7 +5,7 @@ expected loss under the stop distribution plus the distance to a given distribut
 Departs: the decision is read off a head and not off a <don't know> token; private thoughts, so that pauses of one
 token are not seen by later ones; every eighth byte.
 Command: python -m thinking_lm.train --config=configs/recipes/catch_your_breath.py --workdir=runs/catch_your_breath
-Measured: not run at length; two steps of it are a test.
+Measured: not run at length.
 """
 
 from thinking_lm import experiment, recipes

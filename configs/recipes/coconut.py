@@ -7,7 +7,7 @@ optimizer starts anew in every stage.
   python -m thinking_lm.train --config=configs/recipes/coconut.py:1 --workdir=runs/c1 --config.train.init_from=runs/c0
 Departs: modular arithmetic of 3 operands, whose steps a program writes; a small decoder from scratch and not GPT-2;
 START and STOP rows mark the thoughts, as theirs do.
-Measured: not run at length; two steps of each stage are a test.
+Measured: not run at length.
 """
 
 from thinking_lm import experiment, recipes

@@ -4,7 +4,7 @@ From the paper: softmax-weighted embeddings as think tokens, real gradients thro
 Departs: no supervision of the mixtures (theirs match the distribution of the possible states), modular arithmetic
 and not minimum non-negative sums; four think tokens before the answer.
 Command: python -m thinking_lm.train --config=configs/recipes/cot2.py --workdir=runs/cot2
-Measured: not run at length; two steps of it are a test.
+Measured: not run at length.
 """
 
 from thinking_lm import experiment, recipes

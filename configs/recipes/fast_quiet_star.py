@@ -7,7 +7,7 @@ before:
   ... --config=configs/recipes/fast_quiet_star.py:1 --workdir=runs/f1 --config.train.init_from=runs/f0
 Departs: as quiet_star.py does; lengths 9, 6, 3, 0 are ours; the last stage is plain next-token training and not
 their reinforcement fine-tuning; the optimizer starts anew in every stage.
-Measured: not run at length; two steps of each stage are a test.
+Measured: not run at length.
 """
 
 from thinking_lm import experiment, recipes

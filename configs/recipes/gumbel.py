@@ -3,7 +3,7 @@
 From the paper: the estimator, and a temperature that falls during training.
 Departs: as think tokens of a language model; from 1 to 0.5 over the run.
 Command: python -m thinking_lm.train --config=configs/recipes/gumbel.py --workdir=runs/gumbel
-Measured: not run at length; two steps of it are a test.
+Measured: not run at length.
 """
 
 from thinking_lm import experiment, recipes

@@ -4,7 +4,7 @@ From the paper: grad of the bound M for G samples with leave-one-out credit, one
 Departs: without their KL penalty and format reward (--config.objective.kl_weight adds the first); modular
 arithmetic; one think token.
 Command: python -m thinking_lm.train --config=configs/recipes/jepo.py --workdir=runs/jepo
-Measured: not run at length; two steps of it are a test.
+Measured: not run at length.
 """
 
 from thinking_lm import experiment, recipes

@@ -6,7 +6,7 @@ answer.
 Departs: modular arithmetic and rationales of at most 4 tokens; a small decoder from scratch. The recipe `hybrid` is
 the same without KL and STOP.
 Command: python -m thinking_lm.train --config=configs/recipes/latro.py --workdir=runs/latro
-Measured: not run at length; two steps of it are a test.
+Measured: not run at length.
 """
 
 from thinking_lm import experiment, recipes

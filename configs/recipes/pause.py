@@ -3,7 +3,7 @@
 From the paper: one learned token, 10 times before the answer.
 Departs: a small decoder that only ever trains with them; their pretraining puts them at random places.
 Command: python -m thinking_lm.train --config=configs/recipes/pause.py --workdir=runs/pause
-Measured: not run at length; two steps of it are a test.
+Measured: not run at length.
 """
 
 from thinking_lm import experiment, recipes

@@ -3,7 +3,7 @@
 From the paper: the last hidden state is fed back once before each next token, at its token's position.
 Departs: the serial chain is trained exactly, where theirs is approximated by parallel Jacobi passes; a small decoder.
 Command: python -m thinking_lm.train --config=configs/recipes/ponder_lm2.py --workdir=runs/ponder_lm2
-Measured: not run at length; two steps of it are a test.
+Measured: not run at length.
 """
 
 from thinking_lm import experiment, recipes

@@ -7,7 +7,7 @@ default of this project is --config.thought.mixing=probability.
 Departs: a small decoder from scratch and not Mistral 7B, two samples, every fourth anchor (their every token costs
 19 passes here), START and STOP are learned from scratch and get no larger learning rate.
 Command: python -m thinking_lm.train --config=configs/recipes/quiet_star.py --workdir=runs/quiet_star
-Measured: not run at length; two steps of it are a test.
+Measured: not run at length.
 """
 
 from thinking_lm import experiment, recipes

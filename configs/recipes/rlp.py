@@ -6,7 +6,7 @@ Departs: at most 8 think tokens; every eighth byte; a small decoder, best starte
 (--config.train.init_from=runs/text). One update a rollout: set train.updates for the ratios to matter. The copy is
 the same for all thoughts of a group, so that it changes the logged reward and not this advantage.
 Command: python -m thinking_lm.train --config=configs/recipes/rlp.py --workdir=runs/rlp
-Measured: not run at length; two steps of it are a test.
+Measured: not run at length.
 """
 
 from thinking_lm import experiment, recipes

@@ -6,7 +6,7 @@ Departs: the answer is the most likely token and not a sampled one, so the rewar
 argmax; thoughts of at most 8 tokens where theirs have thousands; a model from scratch has nothing to say yet, so
 start from one that was trained: --config.train.init_from=runs/text. The threshold of 1 nat is ours.
 Command: python -m thinking_lm.train --config=configs/recipes/rpt.py --workdir=runs/rpt
-Measured: not run at length; two steps of it are a test.
+Measured: not run at length.
 """
 
 from thinking_lm import experiment, recipes

@@ -4,7 +4,7 @@ A thought of at most two tokens, then pairs of a candidate and a confidence; rew
 next token plus a proper score of the report, less a price for length.
 Departs: RLCR reports one confidence in one answer and is paid 0/1 plus Brier.
 Command: python -m thinking_lm.train --config=configs/recipes/verbalised.py --workdir=runs/verbalised
-Measured: not run at length; two steps of it are a test.
+Measured: not run at length.
 """
 
 from thinking_lm import experiment, recipes

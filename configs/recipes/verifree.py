@@ -4,7 +4,7 @@ From the paper: grad P, that is reward p(answer | thought), leave-one-out baseli
 Departs: modular arithmetic; one think token; a small decoder from scratch, for which p is tiny at first: start from
 a trained one with --config.train.init_from=DIR.
 Command: python -m thinking_lm.train --config=configs/recipes/verifree.py --workdir=runs/verifree
-Measured: not run at length; two steps of it are a test.
+Measured: not run at length.
 """
 
 from thinking_lm import experiment, recipes
