@@ -26,6 +26,7 @@ CASES = [
   dict(kind="latent"),
   dict(kind="gumbel", topology="private"),
   dict(kind="sampled", samples=2, rescore=False),
+  dict(kind="sampled", samples=2, topology="private"),
 ]
 
 
@@ -62,10 +63,13 @@ def test_forward_within_two_percent(options):
   np.testing.assert_allclose(counted(thought, gradient=False), B * ours.total, rtol=0.02)
 
 
-def test_with_gradient_within_three_percent():
-  thought = ThoughtConfig(length=1, placement="stride", stride=T)
-  ours = ledger(CONFIG, V, thought, T, aligned=0, gradient=True)
-  np.testing.assert_allclose(counted(thought, gradient=True), B * ours.total, rtol=0.03)
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("options", [{}, dict(kind="sampled", samples=2, topology="private")])
+def test_with_gradient_within_three_percent(options, remat):
+  config = dataclasses.replace(CONFIG, remat=remat)
+  thought = ThoughtConfig(**dict(length=1, placement="stride", stride=T) | options)
+  ours = ledger(config, V, thought, T, aligned=0, gradient=True)
+  np.testing.assert_allclose(counted(thought, True, config), B * ours.total, rtol=0.03)
 
 
 def test_what_a_thought_adds():

@@ -1,8 +1,8 @@
 """What one chip can do, by public figures, and the devices of a pod that is not here.
 
-The one table for plans, training metrics and benches. Figures: cloud.google.com/tpu/docs, the page of each generation
-(v4, v5e, v5p, v6e, tpu7x), read 2026; for h100 NVIDIA's data sheet of the SXM5 card, dense bf16. `usable` is what the
-TPU compiler of libtpu 0.0.42.1 itself allows a program ("available HBM" in its refusals).
+The one table for plans, training metrics and benches. Figures of v5e, v5p and v6e: cloud.google.com/tpu/docs, the page
+of each generation, read 2026; `usable` of these is what the TPU compiler of libtpu 0.0.42.1 itself allows a program
+("available HBM" in its refusals). Those of v4, tpu7x and h100 were not looked up: check them before trusting a plan.
 """
 
 import os

@@ -20,9 +20,9 @@ class Ledger:
   """FLOPs of one row of T real tokens, all G samples together.
 
   base: layers over the real tokens. think: layers over think slots and look-ahead. readout: the head, for targets and
-  for the log-probabilities of drawn thoughts. draw: making think tokens (logits and mixtures), and for rescored kinds
-  the whole drawing pass. backward: the gradient, with what remat "full" and the head
-    recompute (not the attention scores that "dots" recomputes); 0 for a forward pass.
+  for the log-probabilities of drawn thoughts. draw: making think tokens (logits and mixtures), and for persistent
+  rescored kinds the whole drawing pass. backward: the gradient, with what remat "full", the head and `model.replay`
+  compute again (not the attention scores that "dots" recomputes); 0 for a forward pass.
   """
 
   base: float
@@ -65,20 +65,28 @@ def causal_keys(model: ModelConfig, queries: int) -> float:
 
 
 def ledger(
-  model: ModelConfig, vocabulary_size: int, thought: ThoughtConfig, T: int, *, aligned: int, gradient: bool
+  model: ModelConfig,
+  vocabulary_size: int,
+  thought: ThoughtConfig,
+  T: int,
+  *,
+  aligned: int,
+  gradient: bool,
+  given: bool = False,
 ) -> Ledger:
   """The ledger of a row of T tokens.
 
   Args:
     aligned: as of `placement.place`; decides how many slots a persistent stream has.
     gradient: with a backward pass: twice the forward products, and recomputation.
+    given: the thoughts are there already, and only scored.
   """
   N = capacity(thought, T, aligned)
   rows = -(-(vocabulary_size + 3 + thought.confidences) // model.vocabulary_multiple) * model.vocabulary_multiple
   head = 2.0 * model.width * rows
   if not N:
     base = layer_flops(model, T, causal_keys(model, T))
-    return _with_backward(Ledger(base, 0.0, T * head, 0.0), model, gradient, 0.0)
+    return _with_backward(Ledger(base, 0.0, T * head, 0.0), model, gradient, 0.0, T)
   G, J, n = thought.samples, thought.slots, thought.length
   C, R = blocks(thought, T, N, aligned)
   W, kind = C + J, thought.kind_of
@@ -89,35 +97,46 @@ def ledger(
   if thought.topology == "private":
     A = thought.lookahead - 1
     base = layer_flops(model, T, causal_keys(model, T))
-    serial = G * N * layer_flops(model, J, T + J + 1)
+    replays = kind.policy and thought.rescore
+    serial = G * N * layer_flops(model, J, T + J + (not replays))  # drawn in place, or behind a cache
     ahead = G * N * layer_flops(model, A, T + J + A) if A else 0.0
     parallel = G * N * layer_flops(model, J + A, T + J + A)
     readout = T * head + G * N * (A + 1) * head
-    base_serial, shared, makes = base, base, G * N * n
+    base_serial, makes, queries = base, G * N * n, T + G * N * (J + A)
   else:
     base = G * layer_flops(model, R * C, causal_keys(model, S))
     base_serial = G * layer_flops(model, R * C, S + causal_keys(model, C))
     serial = G * layer_flops(model, R * J, S + W + 1)
     parallel = G * layer_flops(model, R * J, causal_keys(model, S))
-    ahead, shared, readout, makes = 0.0, 0.0, G * T * head, G * R * n
+    ahead, readout, makes, queries = 0.0, G * T * head, G * R * n, G * S
   if kind.policy:
     readout += G * N * n * (head if kind.discrete else 2 * head)  # a density needs the mixture's mean as well
-  if not kind.serial:
-    return _with_backward(Ledger(base, parallel, readout, 0.0), model, gradient, 0.0)
+  if given or not kind.serial:
+    return _with_backward(Ledger(base, parallel, readout, 0.0), model, gradient, 0.0, queries)
   draw = makes * per_token
+  if kind.policy and thought.rescore and thought.topology == "private":
+    drawn = Ledger(base, serial + ahead, readout, draw)
+    # One pass over everything, never run forward, is gone through backwards from the inputs of every layer.
+    backward = 2 * (base + parallel) + _again(model, base + parallel, queries) + 3 * readout
+    return dataclasses.replace(drawn, backward=backward) if gradient else drawn
   if kind.policy and thought.rescore:
-    once = base_serial - shared + serial + draw  # a private prefix serves drawing and scoring
-    return _with_backward(Ledger(base, parallel, readout, once), model, gradient, once)
-  return _with_backward(Ledger(base_serial, serial + ahead, readout, draw), model, gradient, 0.0)
+    once = base_serial + serial + draw
+    return _with_backward(Ledger(base, parallel, readout, once), model, gradient, once, queries)
+  return _with_backward(Ledger(base_serial, serial + ahead, readout, draw), model, gradient, 0.0, queries)
 
 
-def _with_backward(forward: Ledger, model: ModelConfig, gradient: bool, untouched: float) -> Ledger:
+def _again(model: ModelConfig, layers: float, queries: float) -> float:
+  """What a backward pass computes again of `layers` FLOPs over so many queries: not the last product of each layer."""
+  return layers - 2.0 * model.layers * queries * model.width * model.resolved_mlp_width
+
+
+def _with_backward(forward: Ledger, model: ModelConfig, gradient: bool, untouched: float, queries: float) -> Ledger:
   """Adds the backward pass of everything but the `untouched` FLOPs, which no gradient flows through."""
   if not gradient:
     return forward
   backward = 2 * (forward.total - untouched) + forward.readout  # the head is always recomputed
   if model.remat == "full":
-    backward += forward.base + forward.think
+    backward += _again(model, forward.base + forward.think, queries)
   return dataclasses.replace(forward, backward=backward)
 
 
@@ -152,10 +171,9 @@ def _every_thought(config, vocabulary_size: int, T: int) -> float:
   """A row and its gradient when all thoughts are scored and none drawn, in parts that the backward pass runs again."""
   Z = enumeration.number(config.thought, vocabulary_size, capacity(config.thought, T, config.data.aligned))
   parts = -(-Z // CHUNK)
-  few = dataclasses.replace(config.thought, samples=-(-Z // parts), rescore=True)
-  row = ledger(config.model, vocabulary_size, few, T, aligned=config.data.aligned, gradient=True)
-  again = row.forward - row.draw if parts > 1 else 0.0
-  return parts * (row.total - row.draw + again)
+  few = dataclasses.replace(config.thought, samples=-(-Z // parts))
+  row = ledger(config.model, vocabulary_size, few, T, aligned=config.data.aligned, gradient=True, given=True)
+  return parts * (row.total + (row.forward if parts > 1 else 0.0))
 
 
 def plain_floor(config, vocabulary_size: int, T: int) -> float:
@@ -173,7 +191,7 @@ def slots(thought: ThoughtConfig, T: int, aligned: int) -> tuple[int, int]:
   """(slots of a row that the layers run over in a scoring pass, calls of all layers in a step's forward passes).
 
   A call streams every weight once. Serial thoughts make a call for each think slot of a block (persistent) or of all
-  private thoughts at once; what is drawn and then scored makes those of both.
+  private thoughts at once; persistent ones that are drawn and then scored make those of both.
   """
   N = capacity(thought, T, aligned)
   if not N:
@@ -186,6 +204,6 @@ def slots(thought: ThoughtConfig, T: int, aligned: int) -> tuple[int, int]:
     rows, parallel, serial = G * R * (C + J), 1, R * (1 + J)
   if not kind.serial:
     return rows, parallel
-  if kind.policy and thought.rescore:
-    return rows, serial + parallel - (thought.topology == "private")
+  if kind.policy and thought.rescore and thought.topology == "persistent":
+    return rows, serial + parallel
   return rows, serial

@@ -205,39 +205,46 @@ def rules(config: HealthConfig, vocabulary_size: int, half_precision: bool, poli
   vanish, drift from the reference, groups without a signal, a sampler whose probabilities are not the learner's,
   reward without an effect, repetition, one gradient drowning the other, and latents that stand still.
   """
-  mismatch = config.mismatch or (0.05 if half_precision else 1e-4)
-  entropy, uniform = ("think_entropy",), 0.9 * math.log(vocabulary_size)
+  c, entropy = config, ("think_entropy",)
+  uniform = 0.9 * math.log(vocabulary_size) if c.entropy_high else None
+  mismatch = c.mismatch or (0.05 if half_precision else 1e-4)
   cure = "raise objective.entropy_weight, or lower the learning rate"
   table = dict(
-    entropy_low=Rule(entropy, of_first(*entropy), config.entropy_low, None, f"thoughts become all the same: {cure}"),
-    entropy_high=Rule(entropy, of_first(*entropy), None, config.entropy_high, "thoughts become noise: lower rates"),
-    entropy_uniform=Rule(
-      entropy, value(*entropy), None, uniform * bool(config.entropy_high), "thoughts are nearly uniform noise"
-    ),
-    entropy_stop=Rule(entropy, of_first(*entropy), config.entropy_stop, None, f"entropy collapsed: {cure}", True),
+    entropy_low=Rule(entropy, of_first(*entropy), c.entropy_low or None, None, f"thoughts become all the same: {cure}"),
+    entropy_high=Rule(entropy, of_first(*entropy), None, c.entropy_high or None, "thoughts become noise: lower rates"),
+    entropy_uniform=Rule(entropy, value(*entropy), None, uniform, "thoughts are nearly uniform noise"),
+    entropy_stop=Rule(entropy, of_first(*entropy), c.entropy_stop or None, None, f"entropy collapsed: {cure}", True),
     empty=Rule(
-      ("empty_thoughts",), value("empty_thoughts"), None, config.empty, "thinking does not pay: lower objective.price"
+      ("empty_thoughts",),
+      value("empty_thoughts"),
+      None,
+      c.empty or None,
+      "thinking does not pay: lower objective.price",
     ),
-    full=Rule(("full_thoughts",), value("full_thoughts"), None, config.full, "thoughts hit their cap: raise the price"),
-    repeated=Rule(("repeated_tokens",), value("repeated_tokens"), None, config.repeated, "thoughts repeat one token"),
-    alike=Rule(("successive_cosine",), value("successive_cosine"), None, config.alike, "latent thoughts stand still"),
-    flat=Rule(("flat_groups",), value("flat_groups"), None, config.flat, "no signal: thoughts change nothing yet"),
-    drift=Rule(("kl",), of_median("kl"), None, config.drift, "the policy jumps away from its reference"),
+    full=Rule(
+      ("full_thoughts",), value("full_thoughts"), None, c.full or None, "thoughts hit the cap: raise the price"
+    ),
+    repeated=Rule(("repeated_tokens",), value("repeated_tokens"), None, c.repeated or None, "one token is repeated"),
+    alike=Rule(("successive_cosine",), value("successive_cosine"), None, c.alike or None, "thoughts stand still"),
+    flat=Rule(("flat_groups",), value("flat_groups"), None, c.flat or None, "no signal: thoughts change nothing yet"),
+    drift=Rule(("kl",), of_median("kl"), None, c.drift or None, "the policy jumps away from its reference"),
     gradients=Rule(
       ("nll_grad_norm", "score_grad_norm"),
       imbalance("nll_grad_norm", "score_grad_norm"),
       None,
-      config.gradients,
+      c.gradients or None,
       "one term drowns the other: change objective.score_weight",
     ),
     mismatch=Rule(
       ("sampler_mismatch",), value("sampler_mismatch"), None, mismatch, "drawn thoughts are scored as other ones"
     ),
     effect=Rule(
-      ("effect_none", "reward"), gain_without_effect, None, 0.0, "the reward rises, and not by thinking better"
+      ("effect_none", "reward"),
+      gain_without_effect,
+      None,
+      0.0 if c.effect else None,
+      "the reward rises, and not by thinking better",
     ),
   )
-  off = {name for name in table if name in dataclasses.asdict(config) and not getattr(config, name)} - {"mismatch"}
-  off |= set() if config.entropy_high else {"entropy_uniform"}
-  off |= set() if policy else {name for name, rule in table.items() if rule.reads == entropy}
-  return {name: rule for name, rule in table.items() if name not in off}
+  bounded = {name: rule for name, rule in table.items() if (rule.low, rule.high) != (None, None)}
+  return {name: rule for name, rule in bounded.items() if policy or rule.reads != entropy}

@@ -57,7 +57,11 @@ class Watch:
     for name, (measured, before, now) in self._take(values).items():
       rule = self._rules[name]
       if now and not before:
-        bound = f"below {rule.low:g}" if rule.low is not None and measured < rule.low else f"above {rule.high or 0:g}"
+        bound = "no number"
+        if rule.low is not None and measured < rule.low:
+          bound = f"below {rule.low:g}"
+        elif rule.high is not None and measured > rule.high:
+          bound = f"above {rule.high:g}"
         text = (
           f"{name} at step {step}: {', '.join(rule.reads)} measure {measured:.3g}, {bound}, for {self._patience} "
           f"readings in a row; {rule.advice} (health.{name})"
