@@ -63,7 +63,7 @@ def test_forward_within_two_percent(options):
 
 
 def test_with_gradient_within_three_percent():
-  thought = ThoughtConfig(length=1, placement="stride", stride=T)
+  thought = ThoughtConfig(length=2, placement="stride", stride=T)
   ours = ledger(CONFIG, V, thought, T, aligned=0, gradient=True)
   np.testing.assert_allclose(counted(thought, gradient=True), B * ours.total, rtol=0.03)
 

@@ -9,10 +9,12 @@ import dataclasses
 
 from thinking_lm.model.decoder import ModelConfig
 from thinking_lm.model.enumeration import CHUNK
+from thinking_lm.model.serial import segments
 from thinking_lm.thoughts import enumeration
-from thinking_lm.thoughts.placement import blocks, capacity
+from thinking_lm.thoughts.placement import blocks, capacity, cuts
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.training.writers import Work
+from thinking_lm.types import Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +82,7 @@ def ledger(
     base = layer_flops(model, T, causal_keys(model, T))
     return _with_backward(Ledger(base, 0.0, T * head, 0.0), model, gradient, 0.0)
   G, J, n = thought.samples, thought.slots, thought.length
-  C, R = blocks(thought, T, N, aligned)
-  W, kind = C + J, thought.kind_of
-  S = R * W
+  kind = thought.kind_of
   per_token = dict(pause=0.0, latent=0.0, soft=2 * head, noisy=2 * head, gumbel=2 * head, sampled=head)[thought.kind]
   if thought.kind == "latent" and model.latent_map == "linear":
     per_token = 2.0 * model.width**2
@@ -95,11 +95,17 @@ def ledger(
     readout = T * head + G * N * (A + 1) * head
     base_serial, shared, makes = base, base, G * N * n
   else:
-    base = G * layer_flops(model, R * C, causal_keys(model, S))
-    base_serial = G * layer_flops(model, R * C, S + causal_keys(model, C))
-    serial = G * layer_flops(model, R * J, S + W + 1)
-    parallel = G * layer_flops(model, R * J, causal_keys(model, S))
-    ahead, shared, readout, makes = 0.0, 0.0, G * T * head, G * R * n
+    C, R = blocks(thought, T, N, aligned)
+    sizes, tail = Layout(None, C, R, cuts=cuts(thought, T, N, aligned)).sizes(T)
+    plan = segments(thought, sizes, tail)
+    real, S = sum(sizes) + tail, sum(sizes) + tail + J * len(sizes)
+    base = G * layer_flops(model, real, causal_keys(model, S))
+    parallel = G * layer_flops(model, S - real, causal_keys(model, S))
+    ends = [sum(shape.slots for shape in plan[: i + 1]) for i in range(len(plan))]
+    base_serial = G * sum(layer_flops(model, s.rounds * s.real, A) for s, A in zip(plan, ends, strict=True))
+    serial = G * sum(layer_flops(model, s.slots - s.rounds * s.real, A) for s, A in zip(plan, ends, strict=True))
+    makes = G * sum(shape.rounds * (1 + shape.singles) for shape in plan)
+    ahead, shared, readout = 0.0, 0.0, G * T * head
   if kind.policy:
     readout += G * N * n * (head if kind.discrete else 2 * head)  # a density needs the mixture's mean as well
   if not kind.serial:
@@ -108,15 +114,19 @@ def ledger(
   if kind.policy and thought.rescore:
     once = base_serial - shared + serial + draw  # a private prefix serves drawing and scoring
     return _with_backward(Ledger(base, parallel, readout, once), model, gradient, once)
-  return _with_backward(Ledger(base_serial, serial + ahead, readout, draw), model, gradient, 0.0)
+  once = Ledger(base_serial, serial + ahead, readout, draw)
+  return _with_backward(once, model, gradient, 0.0, again=thought.topology == "persistent")
 
 
-def _with_backward(forward: Ledger, model: ModelConfig, gradient: bool, untouched: float) -> Ledger:
-  """Adds the backward pass of everything but the `untouched` FLOPs, which no gradient flows through."""
+def _with_backward(forward: Ledger, model: ModelConfig, gradient: bool, untouched: float, again=False) -> Ledger:
+  """Adds the backward pass of everything but the `untouched` FLOPs, which no gradient flows through.
+
+  Layers are computed again where the model is rematerialised, and `again` in a persistent stream (model/reverse.py).
+  """
   if not gradient:
     return forward
   backward = 2 * (forward.total - untouched) + forward.readout  # the head is always recomputed
-  if model.remat == "full":
+  if again or model.remat == "full":
     backward += forward.base + forward.think
   return dataclasses.replace(forward, backward=backward)
 
