@@ -105,12 +105,23 @@ class Layout:
     slots; a block ends at an anchor or when it is full.
   blocks: R, enough for every row that the placement can mark (static).
   dropped_B: int32 marked tokens that found no room among the N anchors; None where that cannot happen.
+  cuts: where all rows hold one document and think at the same positions: the index into T after each anchor (static).
+    Blocks then end there and nowhere else, block and blocks say nothing, and no think slots follow the last cut.
   """
 
   anchors_BN: jax.Array
   block: int = struct.field(pytree_node=False)
   blocks: int = struct.field(pytree_node=False)
   dropped_B: jax.Array | None = None
+
+  cuts: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
+
+  def sizes(self, T: int) -> tuple[tuple[int, ...], int]:
+    """(real slots of each block that think slots follow, real slots after the last of these)."""
+    if self.cuts is None:
+      return (self.block,) * self.blocks, 0
+    starts = (0, *self.cuts[:-1])
+    return tuple(cut - start for cut, start in zip(self.cuts, starts, strict=True)), T - self.cuts[-1]
 
 
 @struct.dataclass

@@ -64,7 +64,7 @@ def test_forward_within_two_percent(options):
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
-@pytest.mark.parametrize("options", [{}, dict(kind="sampled", samples=2, topology="private")])
+@pytest.mark.parametrize("options", [dict(length=2), dict(kind="sampled", samples=2, topology="private")])
 def test_with_gradient_within_three_percent(options, remat):
   config = dataclasses.replace(CONFIG, remat=remat)
   thought = ThoughtConfig(**dict(length=1, placement="stride", stride=T) | options)

@@ -64,10 +64,12 @@ def check_stream(batch, layout, J):
   stream = topology.persistent(batch, layout, J, "advance")
   B, T = batch.tokens_BT.shape
   C, W, S = layout.block, layout.block + J, layout.blocks * (layout.block + J)
+  if layout.cuts is not None:  # no empty slots: blocks are of different sizes
+    S = T + J * len(layout.cuts)
   slot_BT, thought_BN, token_BS = (np.asarray(a) for a in (stream.slot_BT, stream.thought_BN, stream.token_BS))
   assert token_BS.shape == (B, S)
   assert slot_BT.min() >= 0 and slot_BT.max() < S
-  assert (np.diff(slot_BT, axis=1) > 0).all() and (slot_BT % W < C).all()
+  assert (np.diff(slot_BT, axis=1) > 0).all() and (layout.cuts is not None or (slot_BT % W < C).all())
   np.testing.assert_array_equal(np.take_along_axis(token_BS, slot_BT, 1), np.tile(np.arange(T), (B, 1)))
   assert ((token_BS < T).sum(axis=1) == T).all()
   for b in range(B):
@@ -75,7 +77,10 @@ def check_stream(batch, layout, J):
       if anchor == T:
         assert thought_BN[b, n] == S
         continue
-      assert thought_BN[b, n] // W == slot_BT[b, anchor] // W and thought_BN[b, n] % W == C
+      if layout.cuts is None:
+        assert thought_BN[b, n] // W == slot_BT[b, anchor] // W and thought_BN[b, n] % W == C
+      else:
+        assert thought_BN[b, n] == slot_BT[b, anchor] + 1
       assert np.asarray(stream.anchor_BS)[b, thought_BN[b, n] : thought_BN[b, n] + J].tolist() == [n] * J
       after = slot_BT[b, anchor + 1] if anchor + 1 < T else S
       assert slot_BT[b, anchor] < thought_BN[b, n] and thought_BN[b, n] + J - 1 < after

@@ -1,5 +1,7 @@
 """The suites of `python -m thinking_lm.bench`. A new one is a function that gives its cases, and a line here."""
 
-from thinking_lm.analysis import bench_halting, bench_plain, bench_private
+from thinking_lm.analysis import bench_halting, bench_persistent, bench_plain, bench_private
 
-SUITES = dict(plain=bench_plain.cases, private=bench_private.cases, halting=bench_halting.cases)
+SUITES = dict(
+  persistent=bench_persistent.cases, plain=bench_plain.cases, private=bench_private.cases, halting=bench_halting.cases
+)

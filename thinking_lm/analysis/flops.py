@@ -6,13 +6,16 @@ count, so that it can only check these formulas where every loop runs once.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 from thinking_lm.model.decoder import ModelConfig
 from thinking_lm.model.enumeration import CHUNK
+from thinking_lm.model.serial import segments
 from thinking_lm.thoughts import enumeration
-from thinking_lm.thoughts.placement import blocks, capacity
+from thinking_lm.thoughts.placement import blocks, capacity, cuts
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.training.writers import Work
+from thinking_lm.types import Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,28 +90,14 @@ def ledger(
   if not N:
     base = layer_flops(model, T, causal_keys(model, T))
     return _with_backward(Ledger(base, 0.0, T * head, 0.0), model, gradient, 0.0, T)
-  G, J, n = thought.samples, thought.slots, thought.length
-  C, R = blocks(thought, T, N, aligned)
-  W, kind = C + J, thought.kind_of
-  S = R * W
+  G, n = thought.samples, thought.length
+  kind = thought.kind_of
   per_token = dict(pause=0.0, latent=0.0, soft=2 * head, noisy=2 * head, gumbel=2 * head, sampled=head)[thought.kind]
   if thought.kind == "latent" and model.latent_map == "linear":
     per_token = 2.0 * model.width**2
-  if thought.topology == "private":
-    A = thought.lookahead - 1
-    base = layer_flops(model, T, causal_keys(model, T))
-    replays = kind.policy and thought.rescore
-    serial = G * N * layer_flops(model, J, T + J + (not replays))  # drawn in place, or behind a cache
-    ahead = G * N * layer_flops(model, A, T + J + A) if A else 0.0
-    parallel = G * N * layer_flops(model, J + A, T + J + A)
-    readout = T * head + G * N * (A + 1) * head
-    base_serial, makes, queries = base, G * N * n, T + G * N * (J + A)
-  else:
-    base = G * layer_flops(model, R * C, causal_keys(model, S))
-    base_serial = G * layer_flops(model, R * C, S + causal_keys(model, C))
-    serial = G * layer_flops(model, R * J, S + W + 1)
-    parallel = G * layer_flops(model, R * J, causal_keys(model, S))
-    ahead, readout, makes, queries = 0.0, G * T * head, G * R * n, G * S
+  parts = (_private if thought.topology == "private" else _persistent)(model, thought, T, N, aligned)
+  base, base_serial, parallel, serial, ahead, makes, heads, queries = parts
+  readout = heads * head
   if kind.policy:
     readout += G * N * n * (head if kind.discrete else 2 * head)  # a density needs the mixture's mean as well
   if given or not kind.serial:
@@ -122,7 +111,58 @@ def ledger(
   if kind.policy and thought.rescore:
     once = base_serial + serial + draw
     return _with_backward(Ledger(base, parallel, readout, once), model, gradient, once, queries)
-  return _with_backward(Ledger(base_serial, serial + ahead, readout, draw), model, gradient, 0.0, queries)
+  once = Ledger(base_serial, serial + ahead, readout, draw)
+  again = base_serial + serial if thought.topology == "persistent" else 0.0  # model/reverse.py
+  return _with_backward(once, model, gradient, 0.0, queries, again)
+
+
+class _Parts(NamedTuple):
+  """Forward FLOPs of layers, and counts, of a row with thoughts.
+
+  base, base_serial: of real tokens in one pass, and where a serial stream computes them. parallel, serial: of thoughts,
+  likewise. ahead: of the look-ahead. makes: think tokens made. heads: states read by the head. queries: of one pass.
+  """
+
+  base: float
+  base_serial: float
+  parallel: float
+  serial: float
+  ahead: float
+  makes: float
+  heads: float
+  queries: float
+
+
+def _private(model: ModelConfig, thought: ThoughtConfig, T: int, N: int, aligned: int) -> _Parts:
+  del aligned
+  G, J, A = thought.samples, thought.slots, thought.lookahead - 1
+  base = layer_flops(model, T, causal_keys(model, T))
+  replays = thought.kind_of.policy and thought.rescore
+  serial = G * N * layer_flops(model, J, T + J + (not replays))  # drawn in place, or behind a cache
+  ahead = G * N * layer_flops(model, A, T + J + A) if A else 0.0
+  parallel = G * N * layer_flops(model, J + A, T + J + A)
+  heads = T + G * N * (A + 1)
+  return _Parts(base, base, parallel, serial, ahead, G * N * thought.length, heads, T + G * N * (J + A))
+
+
+def _persistent(model: ModelConfig, thought: ThoughtConfig, T: int, N: int, aligned: int) -> _Parts:
+  G, J = thought.samples, thought.slots
+  C, R = blocks(thought, T, N, aligned)
+  sizes, tail = Layout(None, C, R, cuts=cuts(thought, T, N, aligned)).sizes(T)
+  plan = segments(thought, sizes, tail)
+  real, S = sum(sizes) + tail, sum(sizes) + tail + J * len(sizes)
+  ends = [sum(shape.slots for shape in plan[: i + 1]) for i in range(len(plan))]
+  each = [(s.rounds * s.real, s.slots - s.rounds * s.real, A) for s, A in zip(plan, ends, strict=True)]
+  return _Parts(
+    base=G * layer_flops(model, real, causal_keys(model, S)),
+    base_serial=G * sum(layer_flops(model, reals, A) for reals, _, A in each),
+    parallel=G * layer_flops(model, S - real, causal_keys(model, S)),
+    serial=G * sum(layer_flops(model, thinks, A) for _, thinks, A in each),
+    ahead=0.0,
+    makes=G * sum(shape.rounds * (1 + shape.singles) for shape in plan),
+    heads=G * T,
+    queries=G * S,
+  )
 
 
 def _again(model: ModelConfig, layers: float, queries: float) -> float:
@@ -130,12 +170,19 @@ def _again(model: ModelConfig, layers: float, queries: float) -> float:
   return layers - 2.0 * model.layers * queries * model.width * model.resolved_mlp_width
 
 
-def _with_backward(forward: Ledger, model: ModelConfig, gradient: bool, untouched: float, queries: float) -> Ledger:
-  """Adds the backward pass of everything but the `untouched` FLOPs, which no gradient flows through."""
+def _with_backward(
+  forward: Ledger, model: ModelConfig, gradient: bool, untouched: float, queries: float, again: float = 0.0
+) -> Ledger:
+  """Adds the backward pass of everything but the `untouched` FLOPs, which no gradient flows through.
+
+  `again`: FLOPs of layers that are computed again even where the model is not rematerialised.
+  """
   if not gradient:
     return forward
   backward = 2 * (forward.total - untouched) + forward.readout  # the head is always recomputed
-  if model.remat == "full":
+  if again:
+    backward += again
+  elif model.remat == "full":
     backward += _again(model, forward.base + forward.think, queries)
   return dataclasses.replace(forward, backward=backward)
 

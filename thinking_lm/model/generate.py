@@ -15,7 +15,8 @@ from thinking_lm.model import need
 from thinking_lm.model.decoder import Cache, Decoder, Model, Seen
 from thinking_lm.model.layers import MASKED
 from thinking_lm.model.readout import predict
-from thinking_lm.model.thinking import block, empty_cache, stream_serial, think, write
+from thinking_lm.model.serial import stream_serial
+from thinking_lm.model.thinking import block, empty_cache, think, write
 from thinking_lm.thoughts import topology
 from thinking_lm.thoughts.placement import PLACEMENTS, place
 from thinking_lm.thoughts.tokens import draw
@@ -177,7 +178,7 @@ def _prefill(decoder: Decoder, config, prompts: Batch, vocabulary, keys_B, max_t
     keys_BN = None
     if config.random:
       keys_BN = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys_B, layout.anchors_BN)
-    _, _, stream, cache = stream_serial(decoder, config, stream, x_BSD, keys_BN, N, layout.block)
+    _, _, stream, cache = stream_serial(decoder, config, stream, x_BSD, keys_BN, layout)
     segments_BS = stream.segments_BS
     if config.rotary == "advance":
       moved_B = config.slots * thoughts_B

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from thinking_lm.model import replay
 from thinking_lm.model.decoder import Model, Seen
 from thinking_lm.model.readout import mixed_logp, policy, several_logp, target_logp, weight
-from thinking_lm.model.thinking import empty_cache, stream_serial, think
+from thinking_lm.model.serial import stream_serial
+from thinking_lm.model.thinking import empty_cache, think
 from thinking_lm.thoughts import halting, relaxed, report, topology
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.types import Batch, Layout, Params, Report, Thoughts, Trace
@@ -92,7 +93,7 @@ def _persistent(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trac
   stream = topology.persistent(rows, row_layout, J, config.rotary)
   keys_BN = None if keys_BGN is None else merge(keys_BGN)
   given = None if given is None else jax.tree.map(merge, given)
-  hidden_BSD, thoughts, stream = _stream(decoder, drawer, config, rows, stream, keys_BN, N, layout.block, given)
+  hidden_BSD, thoughts, stream = _stream(decoder, drawer, config, rows, stream, keys_BN, row_layout, given)
 
   think_BX = (stream.thought_BN[..., None] + jnp.arange(J)).reshape(B * G, N * J)
   think_BNJD = _gather(hidden_BSD, think_BX).reshape(B * G, N, J, hidden_BSD.shape[-1])
@@ -118,23 +119,24 @@ def _persistent(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trac
   )
 
 
-def _stream(decoder, drawer, config, rows, stream, keys_BN, N, C, given):
+def _stream(decoder, drawer, config, rows, stream, keys_BN, layout, given):
   """(hidden_BSD of all slots, Thoughts [B, N, ...], the stream with the ends of its thoughts)."""
   x_BSD = decoder.embed(topology.take(rows.tokens_BT, stream.token_BS, 0))
-  B, S, D = x_BSD.shape
+  B, _, D = x_BSD.shape
   if given is None and drawer is not None:
-    drawn = stream_serial(drawer, config, stream, jax.lax.stop_gradient(x_BSD), keys_BN, N, C)[1]
+    drawn = stream_serial(drawer, config, stream, jax.lax.stop_gradient(x_BSD), keys_BN, layout)[1]
     given = actions(decoder, config, drawn)
   if given is None and config.length:
-    return stream_serial(decoder, config, stream, x_BSD, keys_BN, N, C)[:3]
+    return stream_serial(decoder, config, stream, x_BSD, keys_BN, layout)[:3]
   if given is None:
+    N = layout.anchors_BN.shape[1]
     given = Thoughts(jnp.zeros((B, N, 0, D)), jnp.zeros((B, N, 0), jnp.int32))
   else:
     stream = topology.end(stream, _last(decoder, config, given))
     slots_BXD = _wrap(decoder, config, given).reshape(B, -1, D)
     index_BS = stream.anchor_BS * config.slots + stream.step_S
     x_BSD = jnp.where(stream.step_S[:, None] < 0, x_BSD, _gather(slots_BXD, jnp.maximum(index_BS, 0)))
-  slot_S = jnp.arange(S)
+  slot_S = jnp.arange(x_BSD.shape[1])
   mask = topology.sees(stream.segments_BS, stream.segments_BS, slot_S, slot_S)
   return decoder(x_BSD[:, None], stream.positions_BS[:, None], mask)[0][:, 0], given, stream
 

@@ -1,6 +1,7 @@
-"""Thinking step by step: one thought, one block of a persistent stream, and the scan over blocks.
+"""Thinking step by step: one thought, and one block of a persistent stream as decoding runs it.
 
-Training, scoring and generation all go through these functions; gradients flow through the whole chain.
+Private thoughts are made here, and gradients flow through the whole chain; persistent streams are trained and scored in
+`model/serial.py`.
 """
 
 import jax
@@ -48,7 +49,7 @@ def think(
   def step(carry, i):
     hidden, cache, progress = carry
     keys = None if keys_BP is None else jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys_BP, i)
-    x, token = _emit(decoder, config, hidden, keys, i, progress)
+    x, token = emit(decoder, config, hidden, keys, i, progress)
     progress = halting.drawn(decoder, config, progress, token, i)
     hidden, cache = run(x, i + config.opening, cache)
     progress = halting.reached(decoder, config, progress, hidden, i + 1)
@@ -86,11 +87,11 @@ def _cached(decoder, J: int, edge, positions_BPJ, past: Seen | None, own: Seen):
   return slot
 
 
-def _emit(decoder, config, hidden_BPD, keys_BP, i, progress):
-  """(input_BPD, token_BP) of think token i."""
+def emit(decoder, config, hidden_XD, keys_X, i, progress):
+  """(input_XD, token_X) of think token i."""
   if config.report:
-    return report.say(decoder, hidden_BPD, keys_BP, config, i, progress.first_X)
-  return config.kind_of.step(decoder, hidden_BPD, keys_BP, config)
+    return report.say(decoder, hidden_XD, keys_X, config, i, progress.first_X)
+  return config.kind_of.step(decoder, hidden_XD, keys_X, config)
 
 
 def _steps(step, carry, n, stop, wanted_BP):
@@ -113,15 +114,14 @@ def _steps(step, carry, n, stop, wanted_BP):
   return jax.lax.while_loop(going, body, start)[1:]
 
 
-def block(decoder: Decoder, config, past: Seen, x_BCD, segments_BW, positions_BW, keys_B, wanted_B=None):
+def block(decoder: Decoder, config, past: Seen, x_BCD, segments_BW, positions_BW, keys_B, wanted_B):
   """One block of a persistent stream: C real tokens at once, then the J slots of a thought one by one.
 
   Args:
     past: the cache of earlier blocks, mask [B, 1, W, S]. It is read and never changed.
     x_BCD: inputs of the real slots. segments_BW, positions_BW: documents (0 for empty slots) and rotary positions.
     keys_B: random keys of the thought, or None.
-    wanted_B: bool, for decoding: who thinks. When nobody does, the think slots are zeros, and a thought ends
-      when all who think have. None: always all n steps.
+    wanted_B: bool, who thinks. When nobody does, the think slots are zeros, and a thought ends when all who think have.
 
   Returns:
     (own cache [L, B, 1, W, K, E], hidden_BWD, Thoughts [B, ...]).
@@ -140,12 +140,12 @@ def block(decoder: Decoder, config, past: Seen, x_BCD, segments_BW, positions_BW
     seen = Seen(past.cache, past.mask_BPQS[:, :, -1:])
     keys_B1 = None if keys_B is None else keys_B[:, None]
     own = Seen(own, mask[:, :, -1:, :C])
-    wanted_B1 = None if wanted_B is None else wanted_B[:, None]
-    hidden, thoughts, own = think(decoder, config, anchor_B1D, positions_BW[:, None, C:], keys_B1, seen, own, wanted_B1)
+    positions_B1J = positions_BW[:, None, C:]
+    hidden, thoughts, own = think(
+      decoder, config, anchor_B1D, positions_B1J, keys_B1, seen, own, wanted_BP=wanted_B[:, None]
+    )
     return own, jnp.concatenate([real_B1CD, hidden], axis=2)[:, 0], jax.tree.map(lambda a: a[:, 0], thoughts)
 
-  if wanted_B is None:
-    return thinking(own)
   shapes = jax.eval_shape(thinking, own)
   skipped = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
 
@@ -153,43 +153,6 @@ def block(decoder: Decoder, config, past: Seen, x_BCD, segments_BW, positions_BW
     return own, skipped[1].at[:, :C].set(real_B1CD[:, 0]), *skipped[2:]
 
   return jax.lax.cond(jnp.any(wanted_B), thinking, skipping, own)
-
-
-def stream_serial(decoder, config, stream, x_BSD, keys_BN, N, C):
-  """The scan over blocks, against a cache of earlier blocks.
-
-  Returns (hidden_BSD, Thoughts [B, N, ...], the stream with the ends of its thoughts, the cache).
-  """
-  B, S, D = x_BSD.shape
-  W = C + config.slots
-  R = S // W
-  blocks = lambda a: jnp.moveaxis(a.reshape(B, R, W, *a.shape[2:]), 1, 0)
-  anchor_RB = blocks(stream.anchor_BS)[:, :, -1]
-  keys_RB = None
-  if keys_BN is not None:
-    keys_RB = jnp.take_along_axis(keys_BN, jnp.minimum(anchor_RB, N - 1).T, axis=1).T
-
-  def body(carry, scanned):
-    cache, segments_BS = carry
-    r, x_BWD, segments_BW, positions_BW, keys_B = scanned
-    seen = topology.sees(segments_BW, segments_BS, r * W + jnp.arange(W), jnp.arange(S))
-    past = Seen(cache, seen & (jnp.arange(S) < r * W))
-    own, hidden, thoughts = block(decoder, config, past, x_BWD[:, :C], segments_BW, positions_BW, keys_B)
-    if config.may_end:
-      over_BJ = jnp.arange(config.slots) > config.last(thoughts.used_BGN)[:, None]
-      left_BW = jnp.where(jnp.pad(over_BJ, ((0, 0), (C, 0))), 0, segments_BW)
-      segments_BS = jax.lax.dynamic_update_slice_in_dim(segments_BS, left_BW, r * W, axis=1)
-    return (write(cache, own, r * W), segments_BS), (hidden, thoughts)
-
-  scanned = (jnp.arange(R), *map(blocks, (x_BSD, stream.segments_BS, stream.positions_BS)), keys_RB)
-  carry = (empty_cache(decoder, B, S), stream.segments_BS)
-  (cache, _), (hidden, thoughts) = jax.lax.scan(body, carry, scanned)
-  hidden_BSD = jnp.moveaxis(hidden, 0, 1).reshape(B, S, D)
-  block_BN = jnp.minimum(stream.thought_BN // W, R - 1)
-  thoughts = jax.tree.map(
-    lambda a: jnp.take_along_axis(jnp.moveaxis(a, 0, 1), block_BN.reshape(B, N, *[1] * (a.ndim - 2)), axis=1), thoughts
-  )
-  return hidden_BSD, thoughts, topology.end(stream, config.last(thoughts.used_BGN)), cache
 
 
 def empty_cache(decoder: Decoder, *slots: int) -> Cache:

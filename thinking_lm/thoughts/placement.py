@@ -126,6 +126,13 @@ def blocks(config, T: int, N: int, aligned: int) -> tuple[int, int]:
   return min(bounds, key=lambda bound: bound[1] * (bound[0] + config.slots))
 
 
+def cuts(config, T: int, N: int, aligned: int) -> tuple[int, ...] | None:
+  """Layout.cuts: known where each row is one document that is thought about at given positions."""
+  if config.placement != "explicit" or aligned or not N:
+    return None
+  return tuple(position + 1 for position in sorted(set(config.positions)) if position < T)[:N] or None
+
+
 def place(batch: Batch, config, vocabulary: Vocabulary, aligned: int = 1) -> Layout:
   """The layout of a batch: the first N marked tokens of each row. Those that find no room are counted.
 
@@ -141,4 +148,4 @@ def place(batch: Batch, config, vocabulary: Vocabulary, aligned: int = 1) -> Lay
   if config.length and markable(config, T, aligned) > N:
     dropped_B = jnp.maximum(marked_BT.sum(axis=1) - N, 0)
   C, R = blocks(config, T, N, aligned)
-  return Layout(anchors_BN=anchors_BN, block=C, blocks=R, dropped_B=dropped_B)
+  return Layout(anchors_BN=anchors_BN, block=C, blocks=R, dropped_B=dropped_B, cuts=cuts(config, T, N, aligned))

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from thinking_lm.types import Batch, Layout
 
@@ -21,7 +22,7 @@ ROTARY = ("advance", "anchor")
 
 
 class Stream(NamedTuple):
-  """The persistent stream of a batch: R blocks of C real slots and J think slots, S = R (C + J).
+  """The persistent stream of a batch: blocks of real slots, each followed by J think slots (see Layout).
 
   token_BS: index into T of the real token at a slot; T where there is none. anchor_BS, anchor_BT: index into N of the
   thought that a think slot belongs to, or that follows a real token; N where there is none. step_S: think step
@@ -57,23 +58,29 @@ def scatter(shape, fill, index_BX, values_BX):
 def persistent(batch: Batch, layout: Layout, J: int, rotary: str) -> Stream:
   """Lays real tokens and thoughts out as one stream."""
   B, T = batch.tokens_BT.shape
-  N, C, R = layout.anchors_BN.shape[1], layout.block, layout.blocks
-  S, W = R * (C + J), C + J
+  N, C, (sizes, tail) = layout.anchors_BN.shape[1], layout.block, layout.sizes(T)
+  S = sum(sizes) + len(sizes) * J + tail
   index_T = jnp.arange(T)
   order_BN = jnp.broadcast_to(jnp.arange(N), (B, N))
   anchor_of_BT = scatter((B, T), N, layout.anchors_BN, order_BN)
   ends_BT = anchor_of_BT < N
 
-  last_BT = jax.lax.cummax(jnp.where(ends_BT, index_T, -1), axis=1)
-  since_BT = index_T - 1 - jnp.pad(last_BT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-  block_BT = jnp.cumsum(since_BT % C == 0, axis=1) - 1
-  slot_BT = block_BT * W + since_BT % C
-  thought_BN = take(block_BT * W + C, layout.anchors_BN, S)
+  if layout.cuts is None:
+    last_BT = jax.lax.cummax(jnp.where(ends_BT, index_T, -1), axis=1)
+    since_BT = index_T - 1 - jnp.pad(last_BT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    block_BT = jnp.cumsum(since_BT % C == 0, axis=1) - 1
+    slot_BT = block_BT * (C + J) + since_BT % C
+    thought_BN = take(block_BT * (C + J) + C, layout.anchors_BN, S)
+  else:
+    slot_T = index_T + J * jnp.searchsorted(jnp.array(layout.cuts), index_T, side="right")
+    slot_BT = jnp.broadcast_to(slot_T, (B, T))
+    thought_BN = take(slot_BT + 1, layout.anchors_BN, S)
   think_BX = (thought_BN[:, :, None] + jnp.arange(J)).reshape(B, N * J)
 
   token_BS = scatter((B, S), T, slot_BT, jnp.broadcast_to(index_T, (B, T)))
   anchor_BS = scatter((B, S), N, think_BX, jnp.repeat(order_BN, J, axis=1))
-  step_S = jnp.tile(jnp.concatenate([jnp.full(C, -1), jnp.arange(J)]), R)
+  each = [np.concatenate([np.full(size, -1), np.arange(J)]) for size in sizes]
+  step_S = jnp.array(np.concatenate([*each, np.full(tail, -1)]), jnp.int32)
   home_BS = jnp.where(step_S < 0, token_BS, take(layout.anchors_BN, anchor_BS, T))
   positions_BT = batch.positions_BT
   if rotary == "advance":

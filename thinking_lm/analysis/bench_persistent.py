@@ -1,0 +1,56 @@
+"""Suite `persistent`: the gradient of serial thoughts in the context against one parallel pass over the same slots."""
+
+from collections.abc import Iterator
+
+from thinking_lm.analysis import bench_problem as problem
+from thinking_lm.analysis.bench import Bar, Case, Variant, ratio
+from thinking_lm.analysis.flops import ledger
+from thinking_lm.objectives.objective import ObjectiveConfig
+from thinking_lm.thoughts.spec import ThoughtConfig
+
+V = 512
+
+LATENT = dict(
+  every_B8_S160=(8, 32, 4.0, dict(placement="every", length=4)),
+  every_B8_S320=(8, 64, 4.0, dict(placement="every", length=4)),
+  every_B64_S80=(64, 16, 2.2, dict(placement="every", length=4)),
+  stride16_B8_T64=(8, 64, 2.0, dict(placement="stride", stride=16, length=4)),
+  stride16_B8_T256=(8, 256, 2.0, dict(placement="stride", stride=16, length=4)),
+)
+"""B, T, the bar on the time over one parallel pass, and the thought."""
+
+COCONUT = dict(
+  coconut_T128=(4, 128, 1.5, dict(placement="explicit", positions=(62,), length=4)),
+  coconut_T256=(4, 256, 1.3, dict(placement="explicit", positions=(126,), length=8)),
+)
+"""A question, one thought, the answer (arXiv:2412.06769), with the bar on the time over a plain step on as many tokens
+as there are slots."""
+
+
+def cases() -> Iterator[Case]:
+  """Latent thoughts against pause thoughts, which are known beforehand: the same slots in one parallel pass."""
+  for name, (B, T, limit, options) in LATENT.items():
+    bars = (
+      Bar("latent / one parallel pass over its slots", lambda r: ratio(r, "latent", "parallel"), limit),
+      Bar("temporary bytes, latent / parallel", lambda r: r["latent"].temp_bytes / r["parallel"].temp_bytes, 1.2),
+    )
+    yield Case(name, lambda B=B, T=T, options=options: list(variants(B, T, options)), bars)
+  for name, (B, T, limit, options) in COCONUT.items():
+    bars = (Bar("latent / plain on as many tokens as slots", lambda r: ratio(r, "latent", "plain"), limit),)
+    yield Case(name, lambda B=B, T=T, options=options: list(variants(B, T, options)), bars)
+
+
+def variants(B: int, T: int, options: dict) -> Iterator[Variant]:
+  """In the Coconut shape T counts the thought's slots too, as the paper's code does."""
+  model = problem.model(V)
+  real = T - options["length"] if options["placement"] == "explicit" else T
+  thoughts = dict(
+    parallel=(ThoughtConfig(kind="pause", **options), real),
+    latent=(ThoughtConfig(kind="latent", **options), real),
+    plain=(ThoughtConfig(length=0), T),
+  )
+  for name, (thought, length) in thoughts.items():
+    total = problem.loss(model, thought, ObjectiveConfig())
+    flops = B * ledger(model.config, V, thought, length, aligned=0, gradient=True).floor
+    arguments = (problem.params(model), problem.batch(B, length, V))
+    yield Variant(name, problem.gradient(total), arguments, flops, B * length)
