@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.quick import FLAGS
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RUN = (
   "--config=configs/text.py:none",
@@ -33,7 +35,7 @@ def bucket(tmp_path_factory):
 
 def run(bucket, module, *flags, code=0):
   """What a command prints, with the bucket's directory as gs://."""
-  environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+  environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=FLAGS)
   environment["XDG_CACHE_HOME"] = environment["HOME"] = str(bucket.parent)  # copies of shards go there
   command = [sys.executable, "-m", "tests.bucket", str(bucket.parent), f"thinking_lm.{module}", *flags]
   ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

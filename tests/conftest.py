@@ -1,14 +1,19 @@
-"""Eight virtual CPU devices for every test. The flags must stand before jax is first used.
+"""Eight virtual CPU devices for every test, and quick compilation. The flags must stand before jax is first used.
 
 A collective of eight devices on a busy core can take longer than XLA's default patience, which ends in an abort.
 """
 
+import gc
 import os
+
+from tests.quick import FLAGS
 
 os.environ["XLA_FLAGS"] = " ".join(
   [
-    os.environ.get("XLA_FLAGS", ""),
+    FLAGS,
     "--xla_force_host_platform_device_count=8",
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    os.environ.get("XLA_FLAGS", ""),
   ]
 )
+gc.set_threshold(100_000, 20, 20)  # tracing makes many objects that stay: looking for garbage took a sixth of the time

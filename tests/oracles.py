@@ -150,21 +150,19 @@ def run(params, config, thought, V, slots, drawn, noise):
     positions_S[a] = query.position
     for b, key in enumerate(slots):
       sees_SS[a, b] = b <= a and query.document == key.document
-  x_SD = jnp.zeros((SLOTS, config.width))
+  rows = [{"real": slot.token, "start": V, "stop": V + 1, "think": 0}[slot.what] for slot in slots]
+  x_SD = embedding(params, config, np.array(rows + [0] * (SLOTS - len(slots))))  # think slots are filled one by one
   inputs, tokens, hidden_SD = [], [], None
   for s, slot in enumerate(slots):
     if slot.what == "think":
       if thought.kind in ("latent", "soft", "noisy", "gumbel"):
-        hidden_SD = decode(params, config, x_SD, positions_S, sees_SS)  # later slots are still empty, and not seen
+        hidden_SD = decode(params, config, x_SD, positions_S, sees_SS)  # what is not filled yet is not seen
       step = len(inputs)
       before = None if hidden_SD is None else hidden_SD[s - 1]
       x_D, token = think_token(params, config, thought, V, before, drawn[step], noise[step])
       inputs.append(x_D)
       tokens.append(token)
-    else:
-      row = {"real": slot.token, "start": V, "stop": V + 1}[slot.what]
-      x_D = embedding(params, config, row)
-    x_SD = x_SD.at[s].set(x_D)
+      x_SD = x_SD.at[s].set(x_D)
   return decode(params, config, x_SD, positions_S, sees_SS), inputs, tokens
 
 

@@ -8,13 +8,15 @@ import sys
 
 import pytest
 
+from tests.quick import FLAGS
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ARMS = dict(text=("none", "none, equal FLOPs", "latent"), word_problem=("none", "pause", "latent"))
 
 
 def run(module, cwd, *arguments):
   """A command in a process of its own; nothing is asked of speed."""
-  environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+  environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=FLAGS)
   environment["PYTHONPATH"] = str(ROOT)
   command = [sys.executable, "-m", module, *arguments]
   return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)

@@ -1,10 +1,10 @@
 """Small experiments to evaluate, not trained: what is tested here holds for any parameters."""
 
+import dataclasses
 import functools
 
 import jax
 
-from thinking_lm import config as config_lib
 from thinking_lm import experiment
 from thinking_lm.evaluation.evaluators import Runner, evaluate
 from thinking_lm.evaluation.hook import EvaluationConfig, hooks
@@ -56,17 +56,5 @@ def train(path, every: int):
   """Trains three steps with private sampled thoughts, and a hook every so many. Returns (state, rows)."""
   values = config(thought=THOUGHT, objective=dict(score_weight=1.0), train=dict(steps=3))
   built = experiment.build(experiment.parse(values))
-  sections = built.config
-  run_ = loop.Run(
-    init_fn=built.init,
-    axes=built.axes,
-    loss_fn=built.loss_fn,
-    data=built.data,
-    train=sections.train,
-    checkpoint=sections.checkpoint,
-    optimizer=sections.optimizer,
-    mesh=sections.mesh,
-    resolved_config=config_lib.to_config_dict(sections).to_dict(),
-    hooks=hooks(EvaluationConfig(every=every, limit=13), built, KEY, put),
-  )
+  run_ = dataclasses.replace(built.run(), hooks=hooks(EvaluationConfig(every=every, limit=13), built, KEY, put))
   return loop.train(run_, str(path)), read_rows(path / "metrics.jsonl")

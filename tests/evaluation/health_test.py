@@ -35,7 +35,9 @@ def test_effects_are_differences_of_nats(topology):
   thought = dataclasses.replace(subject.config.thought, samples=1)
 
   def nats(length):
-    trace = subject.rollout(params, batch, harness.KEY, thought=dataclasses.replace(thought, length=length))
+    trace = jax.jit(subject.rollout, static_argnames="thought")(
+      params, batch, harness.KEY, thought=dataclasses.replace(thought, length=length)
+    )
     return -np.average(np.asarray(trace.logp_BGT)[:, 0], weights=batch.weights_BT)
 
   assert found["effect_none"] == pytest.approx(nats(0) - nats(2), abs=1e-5)

@@ -39,6 +39,7 @@ def test_a_score_is_yes_against_no_after_the_same_thought(made):
   questions = [verdicts.question(line.prompt, line.candidate) for line in LINES]
   scores_XK = verifiers.Scorer(subject, 3)(params, questions, KEY, 2)
   assert scores_XK.shape == (4, 2) and (scores_XK[:, 0] != scores_XK[:, 1]).all()
+  rollout = jax.jit(subject.rollout)
   for number, question in enumerate(questions):
     logp = []
     for word in (verdicts.YES, verdicts.NO):
@@ -46,7 +47,7 @@ def test_a_score_is_yes_against_no_after_the_same_thought(made):
       batch = assemble(
         [(row.tokens, row.targets, row.weights)], 32, np.array([number], np.uint32), subject.data.vocabulary
       )
-      trace = subject.rollout(params, jax.tree.map(jnp.asarray, batch), jax.random.fold_in(KEY, 1))
+      trace = rollout(params, jax.tree.map(jnp.asarray, batch), jax.random.fold_in(KEY, 1))
       assert int(trace.valid_BN.sum()) == 1
       logp.append(float((trace.logp_BGT[0, 0] * batch.weights_BT[0]).sum()))
     assert scores_XK[number, 1] == pytest.approx(np.exp(logp[0]) / np.exp(logp).sum(), rel=1e-4)

@@ -43,9 +43,13 @@ def config(topology, length=3, **options):
   return made
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def think(thought, params, rows, given):
+  return rollout(MODEL, thought, params, rows, place(rows, thought, VOCABULARY, aligned=0), jax.random.key(3), given)
+
+
 def run(thought, given=None):
-  layout = lambda b: place(b, thought, VOCABULARY, aligned=0)
-  return jax.jit(lambda p, b: rollout(MODEL, thought, p, b, layout(b), jax.random.key(3), given))(params(), batch())
+  return think(thought, params(), batch(), given)
 
 
 def thoughts_of(tokens):
@@ -118,9 +122,7 @@ def test_decoding_stops_and_equals_the_rollout(topology):
   drawn = np.full((2, 1, T, 3), STOP, np.int32)
   drawn[:, 0, 2 : 2 + X] = np.where(made.thoughts_BXn < 0, STOP, made.thoughts_BXn)
   whole = batch().replace(tokens_BT=jnp.asarray(tokens), targets_BT=jnp.roll(jnp.asarray(tokens), -1, axis=1))
-  trace = rollout(
-    MODEL, thought, params(), whole, place(whole, thought, VOCABULARY, aligned=0), jax.random.key(0), thoughts_of(drawn)
-  )
+  trace = think(thought, params(), whole, thoughts_of(drawn))
   np.testing.assert_allclose(
     made.logp_BX[made.thought_BX], np.asarray(trace.logp_BGT[:, 0, 2 : 2 + X])[made.thought_BX], rtol=1e-4, atol=1e-5
   )

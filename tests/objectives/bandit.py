@@ -73,6 +73,11 @@ def trace(params, rows) -> Trace:
   )
 
 
+def traced(rows) -> Trace:
+  """The trace of `parameters()`, made at once."""
+  return jax.jit(lambda params: trace(params, rows))(parameters())
+
+
 def report(rows) -> Report:
   """Thought z names tokens z % 3 and 2 of a vocabulary of 5, at confidences z / 5 and 0.3."""
   z_BG1 = rows[:, 1:, None]

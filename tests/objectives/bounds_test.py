@@ -17,7 +17,7 @@ from thinking_lm.objectives.objective import ObjectiveConfig, objective
 def test_values_of_a_batch_of_tables():
   with jax.enable_x64(True):
     params, rows = bandit.parameters(), bandit.groups(3)
-    trace = bandit.trace(params, rows)
+    trace = bandit.traced(rows)
     logs_BG = np.asarray(bandit.outcomes(params))[rows[:, :1], rows[:, 1:]]
     got = {name: float(bound.value(trace)) for name, bound in BOUNDS.items()}
   expected = dict(J=logs_BG.mean(), M=np.log(np.exp(logs_BG).mean(axis=1)).mean(), P=np.exp(logs_BG).mean())
@@ -28,7 +28,7 @@ def test_values_of_a_batch_of_tables():
 def test_pathwise_weights():
   """d value / d outcome: 1/G for J, the softmax over the group for M, p/G for P."""
   with jax.enable_x64(True):
-    trace = bandit.trace(bandit.parameters(), bandit.groups(2))
+    trace = bandit.traced(bandit.groups(2))
     p_BGN = np.exp(trace.outcome_BGN)
     for name, weight_BGN in dict(M=p_BGN / p_BGN.sum(axis=1, keepdims=True), P=p_BGN / 2).items():
       slope = jax.grad(lambda outcome, of=BOUNDS[name].value: of(trace.replace(outcome_BGN=outcome)))(trace.outcome_BGN)
@@ -41,10 +41,10 @@ def test_M_is_approached_from_below_and_so_is_its_gradient():
   with jax.enable_x64(True):
     params = bandit.parameters()
     values, errors = [], []
-    target, slope = jax.value_and_grad(lambda p: bandit.exact(p)["M"])(params)
+    target, slope = jax.jit(jax.value_and_grad(lambda p: bandit.exact(p)["M"]))(params)
     target = float(target)
     for G in (1, 2, 3, 4):
-      value, found = jax.value_and_grad(bandit.sampled_bound)(params, G)
+      value, found = jax.jit(jax.value_and_grad(bandit.sampled_bound), static_argnums=1)(params, G)
       values.append(float(value))
       gap = [np.ravel(found[name] - slope[name]) for name in ("policy_CZ", "reader_CZMY")]
       errors.append(np.linalg.norm(np.concatenate(gap)))

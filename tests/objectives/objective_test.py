@@ -1,6 +1,7 @@
 """The objective as a whole: which gradient it expects, what that is divided by, what is refused, how it is extended."""
 
 import dataclasses
+import functools
 import inspect
 import pathlib
 
@@ -34,12 +35,12 @@ def expected_gradient(config, G):
     return -(bandit.weights(params, rows) * jax.vmap(one)(bandit.trace(params, rows))).sum()
 
   with jax.enable_x64(True):
-    return flat(jax.grad(expected)(bandit.parameters()))
+    return flat(jax.jit(jax.grad(expected))(bandit.parameters()))
 
 
 def exact_gradient(value):
   with jax.enable_x64(True):
-    return flat(jax.grad(value)(bandit.parameters()))
+    return flat(jax.jit(jax.grad(value))(bandit.parameters()))
 
 
 def expected_value(of):
@@ -98,7 +99,7 @@ def measured(config, rows):
   """(gradient of the loss, count) of some rows of the tables."""
   with jax.enable_x64(True):
     loss = lambda params: objective(config, bandit.trace(params, rows))
-    grads, metrics = jax.grad(loss, has_aux=True)(bandit.parameters())
+    grads, metrics = jax.jit(jax.grad(loss, has_aux=True))(bandit.parameters())
   return flat(grads), {name: (float(mean.total), float(mean.count)) for name, mean in metrics.items()}
 
 
@@ -115,11 +116,12 @@ def test_dapo_is_grpo_averaged_over_the_groups_that_vary():
 
 def test_dapo_filters_groups_that_hardly_vary():
   with jax.enable_x64(True):
-    trace = bandit.trace(bandit.parameters(), bandit.groups(2)[:2])
+    trace = bandit.traced(bandit.groups(2)[:2])
     trace = trace.replace(outcome_BGN=jnp.array([[-2.0, -2.0001], [-2.0, -3.0]])[:, :, None])
-    slope = lambda name: jax.grad(
-      lambda logp: objective(ObjectiveConfig(**SCORE, advantage=name), trace.replace(policy_logp_BGN=logp))[0]
-    )(trace.policy_logp_BGN)[:, :, 0]
+    loss = lambda logp, name: objective(ObjectiveConfig(**SCORE, advantage=name), trace.replace(policy_logp_BGN=logp))[
+      0
+    ]
+    slope = lambda name: jax.jit(jax.grad(loss), static_argnums=1)(trace.policy_logp_BGN, name)[:, :, 0]
     np.testing.assert_allclose(slope("dapo"), [[0, 0], [-0.5, 0.5]], rtol=1e-9)
     assert np.abs(slope("grpo")[0]).min() > 0
 
@@ -135,14 +137,14 @@ def test_parts_of_a_batch_add_up(name):
 
 def test_thoughts_that_do_not_exist_are_neither_paid_nor_counted():
   with jax.enable_x64(True):
-    trace = bandit.trace(bandit.parameters(), bandit.groups(2)[:5])
-    pad = lambda a, axis: jnp.concatenate([a, jnp.zeros_like(a)], axis=axis)
+    trace = bandit.traced(bandit.groups(2)[:5])
+    pad = lambda a, axis: np.concatenate([a, np.zeros_like(a)], axis=axis)
     padded = trace.replace(
       **{name: pad(getattr(trace, name), 2) for name in ("outcome_BGN", "policy_logp_BGN", "entropy_BGN", "used_BGN")},
       **{name: pad(getattr(trace, name), 1) for name in ("valid_BN", "base_outcome_BN", "ahead_weights_BNA")},
       ahead_logp_BGNA=pad(trace.ahead_logp_BGNA, 2),
       outcome_hit_BGN=pad(trace.outcome_hit_BGN, 2),
-      unit_BN=jnp.broadcast_to(jnp.arange(2), (5, 2)),
+      unit_BN=np.broadcast_to(np.arange(2), (5, 2)),
     )
     for options in (
       dict(),
@@ -151,7 +153,8 @@ def test_thoughts_that_do_not_exist_are_neither_paid_nor_counted():
       SCORE | dict(advantage="dapo"),
     ):
       config = ObjectiveConfig(**(dict(score_weight=1.0) | options), entropy_weight=0.1)
-      for got, wanted in zip(*map(jax.tree.leaves, (objective(config, padded), objective(config, trace))), strict=True):
+      of = jax.jit(functools.partial(objective, config))
+      for got, wanted in zip(*map(jax.tree.leaves, (of(padded), of(trace))), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-9)
 
 

@@ -12,7 +12,7 @@ from thinking_lm.objectives.rewards import REWARDS, paid
 @pytest.fixture(scope="module")
 def trace():
   with jax.enable_x64(True):
-    return jax.tree.map(np.asarray, bandit.trace(bandit.parameters(), bandit.groups(2)))
+    return jax.device_get(bandit.traced(bandit.groups(2)))
 
 
 def by_hand(name, trace, b, g):
@@ -37,7 +37,7 @@ def by_hand_brier(c, z):
 
 
 def of(trace, **options):
-  return np.asarray(paid(ObjectiveConfig(**options), trace))
+  return np.asarray(jax.jit(paid, static_argnums=0)(ObjectiveConfig(**options), trace))
 
 
 @pytest.mark.parametrize("name", REWARDS)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
+from tests import quick
 from tests.training.harness import ROOT
 from thinking_lm.training import checkpoint
 from thinking_lm.training.writers import read_rows
@@ -41,7 +42,7 @@ def start(count: int, devices: int, workdir, flags_of=lambda process: ()):
     environment = dict(
       os.environ,
       JAX_PLATFORMS="cpu",
-      XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+      XLA_FLAGS=f"{quick.FLAGS} --xla_force_host_platform_device_count={devices}",
     )
     if count > 1:
       flags.append("--config.train.distributed=True")

@@ -1,0 +1,8 @@
+"""XLA flags under which programs that run for milliseconds do not compile for seconds."""
+
+import importlib.metadata
+
+EMITTERS = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11)
+"""Whether XLA still has its older code generator, which takes a third of the time. Unknown flags end the process."""
+
+FLAGS = "--xla_backend_optimization_level=0" + EMITTERS * " --xla_cpu_use_fusion_emitters=false"
