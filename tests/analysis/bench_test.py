@@ -67,8 +67,10 @@ def test_the_decoder_by_hand_is_ours():
   params, batch = problem.params(model), problem.batch(2, 5, 17)
   for unroll in (False, True):
     written, ours = problem.written(model, unroll=unroll), problem.plain(model)
-    np.testing.assert_allclose(written(params, batch)[0], ours(params, batch)[0], rtol=1e-5)
-    pairs = zip(*(jax.tree.leaves(problem.gradient(total)(params, batch)) for total in (written, ours)), strict=True)
+    values = [jax.jit(total)(params, batch)[0] for total in (written, ours)]
+    np.testing.assert_allclose(*values, rtol=1e-5)
+    gradients = [jax.jit(problem.gradient(total))(params, batch) for total in (written, ours)]
+    pairs = zip(*map(jax.tree.leaves, gradients), strict=True)
     for left, right in pairs:
       np.testing.assert_allclose(left, right, rtol=1e-3, atol=1e-4 * np.abs(right).max())
 
@@ -76,6 +78,15 @@ def test_the_decoder_by_hand_is_ours():
 def test_the_plain_suite_can_be_traced():
   for variant in bench_plain.variants(V=17, B=4, T=8):
     assert jax.eval_shape(variant.function, *variant.arguments) and variant.flops and variant.tokens == 32
+
+
+def test_thoughts_of_no_tokens_cost_nothing():
+  # The head's control rows and the masks of documents are all that a decoder by hand does without.
+  by_hand, nothing = (
+    jax.jit(variant.function).lower(*variant.arguments).compile().cost_analysis()["flops"]
+    for variant in bench_plain.nothing(V=256, B=2, T=64)
+  )
+  np.testing.assert_allclose(nothing, by_hand, rtol=0.01)
 
 
 def test_the_halting_suite_can_be_traced_and_its_lengths_are_those_of_the_loop():

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from thinking_lm.analysis import bench_problem as problem
 from thinking_lm.analysis.bench import Bar, Case, Variant, ratio
 from thinking_lm.analysis.flops import ledger
+from thinking_lm.objectives.objective import ObjectiveConfig
 from thinking_lm.thoughts.spec import ThoughtConfig
 
 SHAPES = ((256, 16, 256, 1.8), (32_000, 4, 256, 1.3))
@@ -15,25 +16,43 @@ OPTIONS = dict(
   ours=({}, 1),
   ours_remat=(dict(remat="full"), 1),
   ours_micro=({}, 4),
-  ours_blocks=(dict(query_blocks=4), 1),
-  ours_micro_blocks=(dict(query_blocks=4), 4),
+  ours_micro_unroll=(dict(unroll=4), 4),
+  ours_micro_unroll_blocks=(dict(unroll=4, query_blocks=4), 4),
   ours_bf16=(dict(compute_dtype="bfloat16"), 1),
-  ours_bf16_micro_blocks=(dict(compute_dtype="bfloat16", query_blocks=4), 4),
+  ours_bf16_micro_unroll_blocks=(dict(compute_dtype="bfloat16", unroll=4, query_blocks=4), 4),
 )
 """Options of the model, and the number of micro-batches."""
 
+NOTHING = ThoughtConfig(placement="every", topology="private", kind="sampled", length=0)
+"""Every token could be followed by a thought, of no tokens."""
+
 
 def cases() -> Iterator[Case]:
-  """Our step in its options, against a naive step and against the same step written by hand."""
+  """Our step in its options, against a naive step and one written by hand; then what n = 0 costs."""
   bars = lambda speed: (
     Bar(
       "naive / our fastest float32", lambda r: max(ratio(r, "naive", name) for name in _ours(bf16=False)), speed, False
     ),
     Bar("bfloat16 / float32, the fastest of each", lambda r: _fastest(r, bf16=True) / _fastest(r, bf16=False), 1.0),
-    Bar("thinking code with n = 0 / by hand", lambda r: ratio(r, "ours", "by_hand"), 1.03),
   )
   for V, B, T, speed in SHAPES:
     yield Case(f"V{V}_B{B}_T{T}", lambda V=V, B=B, T=T: list(variants(V, B, T)), bars(speed))
+    yield Case(f"V{V}_B{B}_T{T}_n0", lambda V=V, B=B, T=T: list(nothing(V, B, T)), NOTHING_BARS)
+
+
+NOTHING_BARS = (
+  Bar("thinking code with n = 0 / by hand", lambda r: ratio(r, "n0", "by_hand"), 1.03),
+  Bar("the same, FLOPs by XLA", lambda r: r["n0"].xla_flops / r["by_hand"].xla_flops, 1.01),
+)
+
+
+def nothing(V: int, B: int, T: int) -> Iterator[Variant]:
+  """The gradient of the plain decoder by hand, and of the package's loss with thoughts of length 0."""
+  model = problem.model(V)
+  flops = B * ledger(model.config, V, ThoughtConfig(length=0), T, aligned=0, gradient=True).floor
+  totals = dict(by_hand=problem.written(model), n0=problem.loss(model, NOTHING, ObjectiveConfig()))
+  for name, total in totals.items():
+    yield Variant(name, problem.gradient(total), (problem.params(model), problem.batch(B, T, V)), flops, B * T)
 
 
 def _ours(bf16: bool) -> list[str]:
