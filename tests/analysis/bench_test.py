@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from thinking_lm.analysis import bench, bench_halting, bench_plain
+from thinking_lm.analysis import bench, bench_checkpoint, bench_data, bench_decode, bench_halting, bench_plain
 from thinking_lm.analysis import bench_problem as problem
 from thinking_lm.analysis.bench import Bar, Case, Result, Variant, measure, over_floor, ratio, record, table
 
@@ -60,6 +60,37 @@ def test_a_case_that_is_only_compiled():
   found = measure(case, 3, lambda line: None)
   assert found["sum"].seconds == [] and found["sum"].compile_seconds > 0
   assert json.dumps(record(case, found), allow_nan=False) and "sum" in table(case, found)
+
+
+def test_what_follows_a_call_is_not_timed(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(bench, "clock", lambda: now[0])
+  pass_time = lambda seconds: lambda: now.__setitem__(0, now[0] + seconds)
+  variant = Variant("call", pass_time(1.0), compiled=False, after=pass_time(10.0))
+  assert measure(Case("case", lambda: [variant]), 2, print)["call"].seconds == [1.0, 1.0]
+  assert now == [33.0]
+
+
+def tiny(V=17):
+  return problem.model(V, layers=1, width=16, heads=2, mlp_width=24)
+
+
+def test_checkpoints_and_batches_are_really_made(tmp_path):
+  _, save, save_and_end = bench_checkpoint.variants(tiny(), B=2, T=4, directory=str(tmp_path))
+  for number, variant in enumerate((save, save_and_end)):
+    variant.function()
+    variant.after()
+    assert (tmp_path / str(number) / "manifest.json").exists()
+  step, batch = bench_data.waiting(tiny)
+  first, second = batch.function(), batch.function()
+  assert first.tokens_BT.size == step.tokens == batch.tokens
+  assert not np.array_equal(first.tokens_BT, second.tokens_BT)
+
+
+def test_the_decode_suite_can_be_traced():
+  for variant in [*bench_decode.thoughts(2), *bench_decode.continuations(2)]:
+    shape = jax.eval_shape(variant.function, *variant.arguments).shape
+    assert math.prod(shape) == (1 if variant.flops and variant.name == "plain" else variant.tokens)
 
 
 def test_the_decoder_by_hand_is_ours():

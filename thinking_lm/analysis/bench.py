@@ -21,7 +21,7 @@ class Variant(NamedTuple):
 
   function, arguments: what is timed: a pure function of arrays, or any callable of the host with compiled = False.
   flops: FLOPs that the work needs by the ledger (not those that this variant spends): its floor; 0 if unknown.
-  tokens: what `tokens_per_second` counts.
+  tokens: what `tokens_per_second` counts. after: what follows each call and is not timed.
   """
 
   name: str
@@ -30,6 +30,7 @@ class Variant(NamedTuple):
   flops: float = 0.0
   tokens: int = 0
   compiled: bool = True
+  after: Callable[[], Any] = lambda: None
 
 
 @dataclasses.dataclass
@@ -114,13 +115,16 @@ def measure(case: Case, rounds: int, say: Callable[[str], Any], trace: str | Non
     ready[variant.name] = variant.function
     if variant.compiled:
       ready[variant.name] = _compile(variant, result)
-    if case.timed:  # the first call is not like the others
-      jax.block_until_ready(ready[variant.name](*variant.arguments))
 
   def once(name):
     start = clock()
     jax.block_until_ready(ready[name](*results[name].variant.arguments))
-    return clock() - start
+    seconds = clock() - start
+    results[name].variant.after()
+    return seconds
+
+  for name in results if case.timed else ():  # the first call is not like the others
+    once(name)
 
   for number in range(rounds if case.timed else 0):
     for name, result in results.items():

@@ -1,7 +1,21 @@
 """The suites of `python -m thinking_lm.bench`. A new one is a function that gives its cases, and a line here."""
 
-from thinking_lm.analysis import bench_halting, bench_persistent, bench_plain, bench_private
+from thinking_lm.analysis import (
+  bench_checkpoint,
+  bench_data,
+  bench_decode,
+  bench_halting,
+  bench_persistent,
+  bench_plain,
+  bench_private,
+)
 
 SUITES = dict(
-  persistent=bench_persistent.cases, plain=bench_plain.cases, private=bench_private.cases, halting=bench_halting.cases
+  checkpoint=bench_checkpoint.cases,
+  data=bench_data.cases,
+  decode=bench_decode.cases,
+  halting=bench_halting.cases,
+  persistent=bench_persistent.cases,
+  plain=bench_plain.cases,
+  private=bench_private.cases,
 )
