@@ -1,5 +1,6 @@
 """The bench on numbers that are known, and every suite down to its compiled programs at a small shape."""
 
+import dataclasses
 import json
 import math
 import re
@@ -10,9 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from thinking_lm.analysis import bench, bench_checkpoint, bench_data, bench_decode, bench_halting, bench_plain
+from thinking_lm.analysis import (
+  bench,
+  bench_checkpoint,
+  bench_data,
+  bench_decode,
+  bench_halting,
+  bench_plain,
+  bench_private,
+  bench_quiet,
+)
 from thinking_lm.analysis import bench_problem as problem
 from thinking_lm.analysis.bench import Bar, Case, Result, Variant, measure, over_floor, ratio, record, table
+from thinking_lm.model.rollout import rollout
+from thinking_lm.thoughts.placement import place
+from thinking_lm.types import Vocabulary
 
 
 def results(**seconds):
@@ -104,6 +117,19 @@ def test_the_decoder_by_hand_is_ours():
     pairs = zip(*map(jax.tree.leaves, gradients), strict=True)
     for left, right in pairs:
       np.testing.assert_allclose(left, right, rtol=1e-3, atol=1e-4 * np.abs(right).max())
+
+
+def test_the_stand_in_for_quiet_star_thinks_as_we_do():
+  model = problem.model(17, layers=2, width=16, heads=2, mlp_width=24)
+  params, batch = problem.params(model), problem.batch(2, 5, 17)
+  thought = dataclasses.replace(bench_private.thought(3), temperature=0.0, rotary="advance")
+  greedy = bench_quiet.stand_in(model, 3, draw=lambda key, logits: jnp.argmax(logits, axis=-1))
+  theirs = jax.jit(greedy)(params, batch)[1]
+  layout = place(batch, thought, Vocabulary(17, 0, np.ones(17, np.int32), np.zeros(17, np.int8)), aligned=0)
+  trace = jax.jit(lambda params: rollout(model, thought, params, batch, layout, jax.random.key(0)))(params)
+  np.testing.assert_allclose(theirs["base"].total, -trace.base_logp_BT.sum(), rtol=1e-5)
+  np.testing.assert_allclose(theirs["after"].total, -trace.logp_BGT.sum(), rtol=1e-5)
+  assert abs(theirs["after"].total - theirs["base"].total) > 0.01
 
 
 def test_the_plain_suite_can_be_traced():

@@ -87,6 +87,34 @@ def product_2d(x, w):
   return jnp.dot(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], -1)
 
 
+def norm(x, scale):
+  """RMSNorm."""
+  return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale["scale"]
+
+
+def turn(x, positions_X11, base: float):
+  """Rotary positions."""
+  a, b = jnp.split(x, 2, axis=-1)
+  half = a.shape[-1]
+  angle = positions_X11 * base ** (-jnp.arange(half) / half)
+  sin, cos = jnp.sin(angle), jnp.cos(angle)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def attend(q_BQHE, k_BSHE, v_BSHE, mask_QS):
+  """Attention with a dense mask."""
+  scores = jnp.einsum("bqhe,bkhe->bhqk", q_BQHE * q_BQHE.shape[-1] ** -0.5, k_BSHE)
+  weights = jax.nn.softmax(jnp.where(mask_QS, scores, -1e30), axis=-1)
+  return jnp.einsum("bhqk,bkhe->bqhe", weights, v_BSHE)
+
+
+def rest(x, mixed, p, product: Callable = product_2d):
+  """What comes after attention in a layer with the parameters p."""
+  x = x + product(mixed, p["out"])
+  h = norm(x, p["mlp_norm"])
+  return x + product(jax.nn.silu(product(h, p["gate"])) * product(h, p["up"]), p["down"])
+
+
 def written(model: Model, product: Callable = product_2d, unroll: bool = False) -> Loss:
   """The plain decoder by hand: no cache, no streams, no documents.
 
@@ -95,28 +123,16 @@ def written(model: Model, product: Callable = product_2d, unroll: bool = False) 
   """
   c = model.config
 
-  def norm(x, scale):
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale["scale"]
-
-  def turn(x, sin, cos):
-    a, b = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
   def total(params, batch):
     B, T = batch.tokens_BT.shape
-    half = c.resolved_head_width // 2
-    angle = jnp.arange(T)[:, None, None] * c.rope_base ** (-jnp.arange(half) / half)
+    positions_T11 = jnp.arange(T)[:, None, None]
     causal = jnp.tril(jnp.ones((T, T), bool))
 
     def layer(x, p):
       h = norm(x, p["attention_norm"])
       q, k, v = (product(h, p[name]).reshape(B, T, c.heads, -1) for name in ("query", "key", "value"))
-      q, k = (turn(a, jnp.sin(angle), jnp.cos(angle)) for a in (q, k))
-      scores = jnp.einsum("bqhe,bkhe->bhqk", q * q.shape[-1] ** -0.5, k)
-      weights = jax.nn.softmax(jnp.where(causal, scores, -1e30), axis=-1)
-      x += product(jnp.einsum("bhqk,bkhe->bqhe", weights, v).reshape(B, T, -1), p["out"])
-      h = norm(x, p["mlp_norm"])
-      return x + product(jax.nn.silu(product(h, p["gate"])) * product(h, p["up"]), p["down"]), None
+      q, k = (turn(a, positions_T11, c.rope_base) for a in (q, k))
+      return rest(x, attend(q, k, v, causal).reshape(B, T, -1), p, product), None
 
     x = params["embedding"][batch.tokens_BT] * c.width**0.5
     if unroll:

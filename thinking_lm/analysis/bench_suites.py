@@ -8,6 +8,7 @@ from thinking_lm.analysis import (
   bench_persistent,
   bench_plain,
   bench_private,
+  bench_quiet,
 )
 
 SUITES = dict(
@@ -18,4 +19,5 @@ SUITES = dict(
   persistent=bench_persistent.cases,
   plain=bench_plain.cases,
   private=bench_private.cases,
+  quiet_star=bench_quiet.cases,
 )
