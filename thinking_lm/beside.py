@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from thinking_lm.model.rollout import actions, rollout
+from thinking_lm.model.rollout import actions
 from thinking_lm.objectives.advantages import ADVANTAGES
 from thinking_lm.objectives.baselines import BASELINES, reward_of
 from thinking_lm.thoughts.topology import rest
@@ -32,10 +32,10 @@ def passes(
   baseline = ADVANTAGES[goal.advantage].baseline
   if goal.score_weight and baseline and BASELINES[baseline].greedy:
     one = dataclasses.replace(thought, temperature=0.0, samples=1)
-    greedy = rollout(subject.model, one, params, batch, layout, key)
+    greedy = subject.rollout(params, batch, key, thought=one, layout=layout)
     beside = beside.replace(greedy_reward_BN=reward_of(goal, greedy, beside)[:, 0])
   if "reference" in extra:
     given = actions(subject.model.bind(extra["reference"]), thought, thoughts)
-    policy = rollout(subject.model, thought, extra["reference"], batch, layout, key, given)
+    policy = subject.rollout(extra["reference"], batch, key, given, layout=layout)
     beside = beside.replace(reference_logp_BGNJ=policy.token_logp_BGNJ)
   return jax.lax.stop_gradient(beside)

@@ -38,6 +38,7 @@ from thinking_lm.objectives.exact import marginal
 from thinking_lm.objectives.health import HealthConfig, History, signs
 from thinking_lm.objectives.health import rules as health_rules
 from thinking_lm.objectives.objective import ObjectiveConfig, objective, volume
+from thinking_lm.thoughts.answer import answered
 from thinking_lm.thoughts.placement import place
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.training.alarms import Watch
@@ -67,13 +68,13 @@ class ExperimentConfig:
 
   def faults(self) -> list[str]:
     """Rules across sections."""
-    asks = self.data.source == "verdicts" or (self.data.source == "task" and self.data.task.asks)
     return (
       schedule_faults(self.optimizer, self.train.steps)
       + rules.objective_faults(self.objective, self.thought)
       + rules.update_faults(self.train.updates, self.objective)
       + rules.estimator_faults(self.objective, self.thought)
-      + rules.answer_faults(self.thought, asks)
+      + rules.answer_faults(self.thought, self.data)
+      + rules.reward_faults(self.objective, self.thought, self.data)
       + rules.mesh_faults(self.mesh.sequence, self.thought)
       + rules.room_faults(self.thought, self.data.sequence_length, self.data.aligned)
     )
@@ -118,8 +119,6 @@ class Experiment:
 
   init: key -> params. axes: logical axis names of every parameter. place: (params, batch) -> Layout.
   proxy: the frozen model whose need a placement goes by, and its parameters; None: the model itself.
-  rollout: (params, batch, key, given=None, thought=None) -> Trace.
-  loss_fn: (params, batch, key, carried) -> (loss summed over targets, metrics).
   """
 
   config: ExperimentConfig
@@ -144,12 +143,12 @@ class Experiment:
       batch = needed(*(self.proxy or (self.model, params)), batch)
     return place(batch, thought, self.data.vocabulary, self.data.aligned)
 
-  def rollout(
-    self, params: Params, batch: Batch, key, given: Thoughts | None = None, thought: ThoughtConfig | None = None
-  ) -> Trace:
-    """Places and thinks; see `rollout.rollout`."""
+  def rollout(self, params: Params, batch: Batch, key, given=None, thought=None, layout: Layout | None = None) -> Trace:
+    """Places, if nobody did, and thinks, as the config says unless told otherwise; see `rollout.rollout`."""
     thought = thought or self.config.thought
-    return rollout(self.model, thought, params, batch, self.place(params, batch, thought), key, given)
+    layout = layout or self.place(params, batch, thought)
+    trace = rollout(self.model, thought, params, batch, layout, key, given)
+    return answered(trace, batch, layout, self.data.vocabulary, self.data.task)
 
   def loss_fn(self, params: Params, batch: Batch, key, carried: Carried) -> tuple[jax.Array, dict[str, Mean]]:
     """The loss of a batch, summed over targets, and its metrics."""
@@ -167,11 +166,11 @@ class Experiment:
     """The thoughts, drawn here or before the first of several updates, and what stands beside them."""
     if carried.drawn is None:
       layout = self.place(params, batch, thought)
-      trace = rollout(self.model, thought, params, batch, layout, key)
+      trace = self.rollout(params, batch, key, thought=thought, layout=layout)
       return trace, passes(self, params, batch, key, carried.extra, layout, trace.thoughts)
     layout, thoughts, beside = carried.drawn
     given = actions(self.model.bind(params), thought, thoughts)
-    return rollout(self.model, thought, params, batch, layout, key, given), beside
+    return self.rollout(params, batch, key, given, thought, layout), beside
 
   def draw(self, params: Params, batch: Batch, key, carried: Carried) -> tuple[Layout, Thoughts, Beside]:
     """What stays the same in all updates of a step: the thoughts, where they are, and what stands beside them."""
@@ -330,7 +329,7 @@ def build(config: ExperimentConfig, rows: bool = True) -> Experiment:
 
 def _wired(config: ExperimentConfig, data: pipeline.Data) -> Experiment:
   heads = rules.heads(config.thought, config.objective)
-  model = Model(config.model, data.vocabulary.size, heads, config.thought.confidences)
+  model = Model(config.model, data.vocabulary.size, heads, config.thought.confidences, data.vocabulary.document)
   return Experiment(config, data, model, _proxy(config.thought, data))
 
 

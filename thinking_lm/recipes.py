@@ -74,9 +74,10 @@ RECIPES = dict(
     "thought.topology": "private",
     "thought.samples": 8,
     "thought.temperature": 0.8,
+    "thought.answer": 1,
     "objective.nll_weight": 0.0,
     "objective.score_weight": 1.0,
-    "objective.reward": "exact_match",
+    "objective.reward": "prefix_match",
     "objective.advantage": "grpo",
   },
   rlp={

@@ -3,6 +3,7 @@
 Rules within a section stand in its `faults()`. All of this is looked at before anything is allocated.
 """
 
+from thinking_lm.data.tasks import TAGGING
 from thinking_lm.objectives.advantages import ADVANTAGES
 from thinking_lm.objectives.baselines import BASELINES
 from thinking_lm.objectives.objective import ObjectiveConfig
@@ -34,7 +35,7 @@ def estimator_faults(goal: ObjectiveConfig, thought: ThoughtConfig) -> list[str]
   """What ways to get at a gradient ask of the thoughts."""
   found = []
   if goal.exact:
-    wanted = dict(kind="sampled", samples=1, report=0)
+    wanted = dict(kind="sampled", samples=1, report=0, answer=0)
     found += [
       f"objective.exact takes every thought of kind 'sampled' once: it needs thought.{name} {value!r}, got "
       f"{getattr(thought, name)!r}"
@@ -81,8 +82,9 @@ def mesh_faults(sequence: int, thought: ThoughtConfig) -> list[str]:
   ]
 
 
-def answer_faults(thought: ThoughtConfig, asks: bool) -> list[str]:
-  """Thoughts before an answer, where the data has none. asks: every row is a prompt without weight, and an answer."""
+def answer_faults(thought: ThoughtConfig, data) -> list[str]:
+  """Thoughts before an answer, where not every row of the config section `data` is a prompt without weight and one."""
+  asks = data.source == "verdicts" or (data.source == "task" and data.task.asks)
   if thought.length and thought.placement == "answer" and not asks:
     return [
       "thought.placement 'answer' needs prompts and answers: data.source task (with a text task, and "
@@ -99,6 +101,28 @@ def report_faults(goal: ObjectiveConfig, thought: ThoughtConfig) -> list[str]:
     return []
   asks = dict(reward=REWARDS[goal.reward].report and goal.reward, calibration_weight=goal.calibration_weight)
   return [f"objective.{name} {value!r} needs thought.report above 0" for name, value in asks.items() if value]
+
+
+def reward_faults(goal: ObjectiveConfig, thought: ThoughtConfig, data) -> list[str]:
+  """What pay for a sampled answer asks for; data: the config section."""
+  member, found = REWARDS[goal.reward], []
+  if goal.score_weight and member.answer and not thought.answer:
+    found.append(f"objective.reward {goal.reward!r} needs thought.answer above 0")
+  if thought.answer and not (goal.score_weight and member.answer):
+    known = " or ".join(repr(name) for name, other in REWARDS.items() if other.answer)
+    found.append(f"thought.answer {thought.answer} is paid by nothing: objective.score_weight and reward {known} do")
+  if not goal.score_weight or not member.task:
+    return found
+  tagging = data.source == "task" and data.task.name in TAGGING
+  if data.source not in ("task", "verdicts"):
+    found.append(
+      f"objective.reward {goal.reward!r} needs a task: data.source 'task' or 'verdicts', got {data.source!r}"
+    )
+  if tagging and thought.answer > 1:
+    found.append(f"thought.answer {thought.answer}: data.task.name {data.task.name!r} asks for one label")
+  if data.source == "task" and data.task.written:
+    found.append(f"objective.reward {goal.reward!r} judges an answer without written steps: set data.task.written to 0")
+  return found
 
 
 def update_faults(updates: int, goal: ObjectiveConfig) -> list[str]:

@@ -7,6 +7,7 @@ Axis letters (a name ends in its axes: `logp_BGT`):
   H query heads                K key-value heads              E width of a head    F width of the MLP    L layers
   Q queries of one call        C real tokens of a block       R blocks of a row    P streams of one call (own keys each)
   I pairs of a report          Z classes of a reported distribution: the named tokens, then all others together
+  P also: codes of an answer   W codes of a token: its bytes, or one that stands for it
 
 Terms:
   anchor      a real token after which the model thinks, before it predicts that token's target
@@ -22,6 +23,7 @@ Terms:
   exit        a length at which a thought can end; K of them, where a head learns which one
   outcome     log p(y | x, z): the summed log-probability of the look-ahead targets of one thought
   unit        what a joint bound (M, P) is over: the outcome of a private thought, or of all of a document's thoughts
+  answer      m tokens that are drawn behind a thought in place of the real ones, and that no real token ever sees
   report      what a thought says its prediction is: pairs of a candidate token and a confidence, drawn as it is
   teacher     a moving average of the parameters; reference: a copy that stays as it is
   advantage   the reward of a thought minus its baseline; it multiplies grad log pi(z | x)
@@ -88,12 +90,15 @@ class Vocabulary:
   sentence_V: int8 class of each token: 0 other, 1 ends in sentence punctuation, 2 is white space, 3 ends a sentence
     on its own. A sentence ends at a token of class 3, or of class 2 right after one of class 1: a causal rule, so that
     where a model thinks never tells it what comes next.
+  spelling_VW: int32 codes of each token, -1 behind its last: its bytes, and 256 for `document`. None: tokens have no
+    parts.
   """
 
   size: int
   document: int
   bytes_V: np.ndarray
   sentence_V: np.ndarray
+  spelling_VW: np.ndarray | None = None
 
 
 @struct.dataclass
@@ -132,11 +137,31 @@ class Thoughts:
   tokens_BGNJ: int32 ids for `sampled` and `gumbel`, the most likely id for `soft` and `noisy`, -1 for `latent` and
     `pause`.
   used_BGN: int32 think tokens before the end; None: all, or those before the first STOP where that may be drawn.
+  answer_BGNA: int32 real tokens (A = m here) that were drawn behind the thought; None without an answer.
   """
 
   inputs_BGNJD: jax.Array
   tokens_BGNJ: jax.Array
   used_BGN: jax.Array | None = None
+  answer_BGNA: jax.Array | None = None
+
+
+@struct.dataclass
+class Answer:
+  """What thoughts answer and what was asked for, in codes (Vocabulary.spelling_VW), -1 behind the end.
+
+  said_BGNP: the answer up to its first border, border included.
+  came_BNP: the targets from the anchor on, as far as its document goes; one code more than an answer can have.
+  ends_BNP: how many codes of `came` there are up to the end of each target (of the last one again, from there on).
+  asked_BNP: what a task asks for there: all that came, or of a tagging task the anchor's target.
+  weight_BN: the weight of the anchor's target, 0 where the anchor is invalid.
+  """
+
+  said_BGNP: jax.Array
+  came_BNP: jax.Array
+  ends_BNP: jax.Array
+  asked_BNP: jax.Array
+  weight_BN: jax.Array
 
 
 @struct.dataclass
@@ -170,8 +195,8 @@ class Trace:
   ahead_logp_BGNA, ahead_weights_BNA: predictions that only exist because a private thought looks further ahead than
     one token (A = M - 1, the targets of anchor + 1 ... anchor + M - 1); None otherwise.
   outcome_BGN: log p(y | x, z) of each thought, weighted by the targets' weights; 0 where invalid.
-  policy_logp_BGN: log pi(z | x) summed over the sampled think tokens (a density for `noisy`); 0 for kinds without a
-    policy, and where invalid.
+  policy_logp_BGN: log pi(z | x) summed over the sampled think tokens (a density for `noisy`) and those of the answer; 0
+    for kinds without a policy, and where invalid.
   entropy_BGN: entropy of the thought's token distributions, mean over its tokens, in nats; 0 as above.
   valid_BN: bool, the anchor exists.
   used_BGN: int32 think tokens used (delimiters excluded).
@@ -192,10 +217,12 @@ class Trace:
     of the one exit that decoding takes, policy_logp_BGN is that of all n think tokens.
   mix_BGN: weight in [0, 1] of the prediction after the thought, at its anchor; None where nothing is mixed.
   top_logp_BGT: log-probability of the most likely real token at each target.
+  answer: what they answer, for thoughts that do, once somebody who knows the vocabulary has spelled it; else None.
   report: what the thoughts report, for thoughts that do; else None. score_BGN: how good that was, once it is
     judged, times the weight of the target.
   chosen_BGNJ, token_logp_BGNJ: bool, the think tokens (J = n here) that were a choice of the policy, a drawn STOP too;
-    and log pi of each, the terms of policy_logp_BGN, 0 at the others. None for kinds without a policy.
+    and log pi of each, the terms of policy_logp_BGN, 0 at the others. Those of the answer come behind them (J = n + m).
+    None for kinds without a policy.
   value_BGN: the reward that the value head expects of the thought, from its anchor's hidden state, through which no
     gradient flows; None without that head.
   """
@@ -224,6 +251,7 @@ class Trace:
   mix_BGN: jax.Array | None = None
   dropped_B: jax.Array | None = None
   top_logp_BGT: jax.Array | None = None
+  answer: Answer | None = None
   report: Report | None = None
   score_BGN: jax.Array | None = None
   token_logp_BGNJ: jax.Array | None = None

@@ -139,10 +139,13 @@ def _private(model: ModelConfig, thought: ThoughtConfig, T: int, N: int, aligned
   base = layer_flops(model, T, causal_keys(model, T))
   replays = thought.kind_of.policy and thought.rescore
   serial = G * N * layer_flops(model, J, T + J + (not replays))  # drawn in place, or behind a cache
+  F = max(thought.answer - 1, 0)  # tokens of an answer that are fed, one by one when they are drawn
+  serial += G * N * layer_flops(model, F, T + J + F) if F else 0.0
+  A += F
   ahead = G * N * layer_flops(model, A, T + J + A) if A else 0.0
   parallel = G * N * layer_flops(model, J + A, T + J + A)
-  heads = T + G * N * (A + 1)
-  return _Parts(base, base, parallel, serial, ahead, G * N * thought.length, heads, T + G * N * (J + A))
+  makes, heads = G * N * (thought.length + thought.answer), T + G * N * thought.lookahead
+  return _Parts(base, base, parallel, serial, ahead, makes, heads, T + G * N * (J + A))
 
 
 def _persistent(model: ModelConfig, thought: ThoughtConfig, T: int, N: int, aligned: int) -> _Parts:

@@ -274,7 +274,7 @@ TASKS = dict(
 )
 
 
-TAGGING = ("word_problem",)
+TAGGING = ("word_problem", "bernoulli_contexts")
 """The tasks that label every token."""
 
 

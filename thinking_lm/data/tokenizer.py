@@ -60,7 +60,17 @@ def _vocabulary(pieces: Sequence[bytes]) -> Vocabulary:
     document=len(pieces),
     bytes_V=np.array([len(piece) for piece in pieces] + [0], np.int32),
     sentence_V=np.array([sentence_class(piece) for piece in pieces] + [0], np.int8),
+    spelling_VW=_spelling(pieces),
   )
+
+
+def _spelling(pieces: Sequence[bytes]) -> np.ndarray:
+  """`types.Vocabulary.spelling_VW` of pieces and the border behind them."""
+  table = np.full((len(pieces) + 1, max([1, *map(len, pieces)])), -1, np.int32)
+  for row, piece in zip(table, pieces, strict=False):
+    row[: len(piece)] = list(piece)
+  table[-1, 0] = 256
+  return table
 
 
 def _digest(kind: str, content: bytes) -> str:

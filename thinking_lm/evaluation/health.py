@@ -18,7 +18,7 @@ import optax
 from thinking_lm.errors import ConfigError
 from thinking_lm.evaluation.controls import Source, counted, shuffled
 from thinking_lm.evaluation.evaluators import Subject
-from thinking_lm.types import Batch, Carried, Params, Thoughts
+from thinking_lm.types import Batch, Carried, Params
 
 
 class Examination:
@@ -94,7 +94,7 @@ class Examination:
 
   def _source(self, trace) -> Source:
     """Thoughts to be shuffled within the batch alone: nothing comes before it."""
-    nobody = Thoughts(*(jnp.zeros((1, *a.shape[1:]), a.dtype) for a in jax.tree.leaves(trace.thoughts)))
+    nobody = jax.tree.map(lambda a: jnp.zeros((1, *a.shape[1:]), a.dtype), trace.thoughts)
     no_pause_D = jnp.zeros(trace.thoughts.inputs_BGNJD.shape[-1])
     return Source(trace.thoughts, trace.valid_BN, no_pause_D, nobody, jnp.zeros(trace.valid_BN.shape[1], bool))
 

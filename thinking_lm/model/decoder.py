@@ -165,8 +165,10 @@ class Decoder(nnx.Module):
     rngs: nnx.Rngs,
     heads: Sequence[str] = (),
     confidences: int = 0,
+    border: int | None = None,
   ):
-    self.config, self.vocabulary_size, self.confidences = config, vocabulary_size, confidences
+    self.config, self.vocabulary_size = config, vocabulary_size
+    self.confidences, self.border = confidences, border
     D, multiple = config.width, config.vocabulary_multiple
     rows = -(-(vocabulary_size + CONTROL_ROWS + confidences) // multiple) * multiple
     self.embedding = parameter(rngs, (rows, D), ("vocab", "embed"), D**-0.5)
@@ -275,12 +277,19 @@ class Model:
 
   init(key): params, a nested dict of float32 arrays. axes: the same dict with the logical name of every axis.
   bind(params): a Decoder that holds them, for use inside a traced function. heads: names of `heads.HEADS` that exist.
-  confidences: control rows for a report.
+  confidences: control rows for a report. border: the real token that ends a document, and an answer; None: none does.
   """
 
-  def __init__(self, config: ModelConfig, vocabulary_size: int, heads: Sequence[str] = (), confidences: int = 0):
+  def __init__(
+    self,
+    config: ModelConfig,
+    vocabulary_size: int,
+    heads: Sequence[str] = (),
+    confidences: int = 0,
+    border: int | None = None,
+  ):
     self.config, self.vocabulary_size = config, vocabulary_size
-    self.heads, self.confidences = tuple(heads), confidences
+    self.heads, self.confidences, self.border = tuple(heads), confidences, border
     self._graph, state = nnx.split(nnx.eval_shape(lambda: self._fresh(0)))
     self.shapes = nnx.to_pure_dict(state)
     self.axes = _axes(state)
@@ -295,7 +304,8 @@ class Model:
     return place / (self.confidences - 1) if 0 <= place < self.confidences else None
 
   def _fresh(self, key) -> Decoder:
-    return Decoder(self.config, self.vocabulary_size, nnx.Rngs(params=key), self.heads, self.confidences)
+    rngs = nnx.Rngs(params=key)
+    return Decoder(self.config, self.vocabulary_size, rngs, self.heads, self.confidences, self.border)
 
   def bind(self, params: Params) -> Decoder:
     """The decoder with these parameters."""

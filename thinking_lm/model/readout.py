@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from thinking_lm import sharding
 from thinking_lm.thoughts import report
 from thinking_lm.thoughts.mixing import MIXING
+from thinking_lm.thoughts.tokens import log_policy
 
 CHUNK = 8192
 """Hidden states whose logits a device holds at once."""
@@ -81,6 +82,12 @@ def policy(decoder, config, hidden_BXD, thoughts):
     lambda h, x, z: config.kind_of.policy(decoder, h, x, z, config),
     *(hidden_BXD, thoughts.inputs_BGNJD, thoughts.tokens_BGNJ),
   )
+
+
+def token_policy(decoder, config, hidden_BXD, tokens_BX):
+  """(log pi, entropy) of real tokens that are drawn at the policy's temperature, nats [B, ...]."""
+  one = lambda hidden, tokens: log_policy(decoder.logits(hidden), tokens, config.temperature)
+  return _chunked(one, hidden_BXD, tokens_BX)
 
 
 def _chunked(function, hidden_BXD, *others):

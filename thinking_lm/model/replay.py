@@ -45,6 +45,11 @@ class Draft(NamedTuple):
   inputs_LJBPD: jax.Array
   end_JBPD: jax.Array
 
+  @property
+  def cache(self) -> Cache:
+    """Keys and values of each stream."""
+    return Cache(*(a.transpose(0, 1, 3, 4, 2, 5) for a in self[:2]))
+
 
 class Kept(NamedTuple):
   """Inputs of every layer: of the real tokens, the think slots, and the look-ahead tokens if there are any."""
@@ -123,9 +128,8 @@ def _attend(q_BPHE, past: Cache, prefix_BPT, own: Cache, j):
 def ahead(decoder: Decoder, x_BPAD, live_BPJ, facts: Pass, prefix: Cache, draft: Draft):
   """Runs the look-ahead tokens after the thoughts: (end_BPAD, their inputs of every layer)."""
   A = x_BPAD.shape[2]
-  own = Seen(Cache(*(a.transpose(0, 1, 3, 4, 2, 5) for a in draft[:2])), live_BPJ[:, :, None])
-  causal = jnp.tril(jnp.ones((A, A), bool))[None, None]
-  end, _, inputs = decoder.layered(x_BPAD, facts.positions_BPX[:, :, -A:], causal, facts.past(prefix), own)
+  own, mask = Seen(draft.cache, live_BPJ[:, :, None]), facts.mask_BPXX[:, :, -A:, -A:]
+  end, _, inputs = decoder.layered(x_BPAD, facts.positions_BPX[:, :, -A:], mask, facts.past(prefix), own)
   return end, inputs
 
 

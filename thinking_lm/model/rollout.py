@@ -11,12 +11,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from thinking_lm.model import replay
+from thinking_lm.model import behind, replay
 from thinking_lm.model.decoder import Model, Seen
-from thinking_lm.model.readout import mixed_logp, policy, several_logp, target_logp, weight
+from thinking_lm.model.readout import mixed_logp, policy, several_logp, target_logp, token_policy, weight
 from thinking_lm.model.serial import stream_serial
 from thinking_lm.model.thinking import empty_cache, think
-from thinking_lm.thoughts import halting, relaxed, report, topology
+from thinking_lm.thoughts import answer, halting, relaxed, report, topology
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.types import Batch, Layout, Params, Report, Thoughts, Trace
 
@@ -79,7 +79,7 @@ def _wrap(decoder, config, thoughts):
   slots_XJD = jnp.concatenate([start, thoughts.inputs_BGNJD, stop], axis=-2)
   if not config.may_stop or config.report:  # a report ends behind its STOP
     return slots_XJD
-  closed_XJ = jnp.arange(config.slots) == _last(decoder, config, thoughts)[..., None]
+  closed_XJ = jnp.arange(config.slots) == behind.last(decoder, config, thoughts)[..., None]
   return jnp.where(closed_XJ[..., None], stop, slots_XJD)
 
 
@@ -132,7 +132,7 @@ def _stream(decoder, drawer, config, rows, stream, keys_BN, layout, given):
     N = layout.anchors_BN.shape[1]
     given = Thoughts(jnp.zeros((B, N, 0, D)), jnp.zeros((B, N, 0), jnp.int32))
   else:
-    stream = topology.end(stream, _last(decoder, config, given))
+    stream = topology.end(stream, behind.last(decoder, config, given))
     slots_BXD = _wrap(decoder, config, given).reshape(B, -1, D)
     index_BS = stream.anchor_BS * config.slots + stream.step_S
     x_BSD = jnp.where(stream.step_S[:, None] < 0, x_BSD, _gather(slots_BXD, jnp.maximum(index_BS, 0)))
@@ -141,16 +141,11 @@ def _stream(decoder, drawer, config, rows, stream, keys_BN, layout, given):
   return decoder(x_BSD[:, None], stream.positions_BS[:, None], mask)[0][:, 0], given, stream
 
 
-def _last(decoder, config, thoughts):
-  """The last slot of each thought [..., n]."""
-  return config.last(config.used(thoughts, decoder.stop))
-
-
 def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
   """All thoughts of all anchors and samples side by side, on one shared prefix that knows nothing of them."""
   B, T = batch.tokens_BT.shape
   G, N, J = config.samples, layout.anchors_BN.shape[1], config.slots
-  plan = topology.private(batch, layout, J, config.lookahead, config.rotary)
+  plan = topology.private(batch, layout, J, config.lookahead, config.rotary, config.answer)
   mask = topology.sees(batch.segments_BT, batch.segments_BT, jnp.arange(T), jnp.arange(T))
   tile = lambda a: jnp.tile(a, (1, G, *[1] * (a.ndim - 2)))  # the P = G N streams are ordered (g, n)
   split = lambda a: a.reshape(B, G, N, *a.shape[2:])
@@ -161,8 +156,7 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
   given = None if given is None else jax.tree.map(lambda a: a.reshape(B, G * N, *a.shape[3:]), given)
   prefix_BP1T = tile(plan.prefix_BNT)[:, :, None]
   facts = replay.Pass(batch.positions_BT[:, None], mask, tile(plan.positions_BNX), None, prefix_BP1T)
-  x_B1TD = decoder.embed(batch.tokens_BT)[:, None]
-  inputs = (x_B1TD, anchors, ahead_BPAD, keys_BP, facts)
+  inputs = (decoder.embed(batch.tokens_BT)[:, None], anchors, ahead_BPAD, keys_BP, facts)
   if given is None and drawer is not None:
     (base_B1TD, hidden_BPXD), thoughts, prefix = _drawn(decoder, drawer, config, *inputs)
   else:
@@ -172,8 +166,8 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
 
   weights_BNM = pick(batch.weights_BT, plan.target_BNM, 0)
   targets_BPM = tile(pick(batch.targets_BT, plan.target_BNM, 0))
-  end_BP1D = _end(config, anchor_BPD, hidden_BPXD, config.used(thoughts, decoder.stop))
-  readout_BPMD = jnp.concatenate([end_BP1D, hidden_BPXD[:, :, J:]], axis=2)
+  end_BP1D = behind.end(config, anchor_BPD, hidden_BPXD, config.used(thoughts, decoder.stop))
+  readout_BPMD = jnp.concatenate([end_BP1D, hidden_BPXD[:, :, J : J + config.lookahead - 1]], axis=2)
   without_BPMD = tile(_gather(base_B1TD[:, 0], plan.target_BNM.reshape(B, -1)).reshape(B, N, config.lookahead, -1))
   logp_BGNM, hit_BGNM, top_BGNM = map(split, mixed_logp(decoder, config, without_BPMD, readout_BPMD, targets_BPM))
   put = jax.vmap(jax.vmap(lambda base_T, new_N, at_N: base_T.at[at_N].set(new_N, mode="drop"), (None, 0, None)))
@@ -182,6 +176,7 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
   outcome_BGN = jnp.sum(logp_BGNM * weights_BNM[:, None], axis=-1)
   thoughts = jax.tree.map(split, thoughts)
   policy = _policy(decoder, config, split(anchor_BPD), split(hidden_BPXD[:, :, :J]), thoughts)
+  policy = _answered(decoder, config, policy, end_BP1D, hidden_BPXD, thoughts.answer_BGNA)
   trace = _trace(decoder, config, batch, layout, thoughts, policy, logp_BGT, hit_BGT, outcome_BGN)
   unit_BN = jnp.broadcast_to(jnp.arange(N), (B, N))
   unit_BT = topology.scatter((B, T), N, layout.anchors_BN, unit_BN)
@@ -232,14 +227,19 @@ def _drawn(decoder, drawer, config, x_B1TD, anchors, ahead_BPAD, keys_BP, facts)
     ((hidden_B1TD of the real tokens, hidden_BPXD of think slots and look-ahead tokens), Thoughts [B, P, ...], Cache of
     the real tokens, without gradient).
   """
-  x, ahead, A = *jax.lax.stop_gradient((x_B1TD, ahead_BPAD)), ahead_BPAD.shape[2]
+  x, A = jax.lax.stop_gradient(x_B1TD), ahead_BPAD.shape[2]
   drawn, end_B1TD, prefix, base, draft = replay.draw(drawer, config, x, anchors, facts.positions_BPX, keys_BP, facts)
-  thoughts = actions(decoder, config, drawn)
   end_BPXD, ahead_inputs = jnp.moveaxis(draft.end_JBPD, 0, 2), None
-  if A:
-    end_BPAD, ahead_inputs = replay.ahead(drawer, ahead, _live(drawer, config, drawn), facts, prefix, draft)
+  if config.answer:
+    states = (anchors(drawer.final_norm(end_B1TD)), drawer.final_norm(end_BPXD))
+    places = (facts.positions_BPX, keys_BP, facts.past(prefix), draft.cache)
+    drawn = behind.answer(drawer, config, *states, *places, drawn, A)
+  thoughts, ahead_BPAD = actions(decoder, config, drawn), behind.tokens(decoder, ahead_BPAD, drawn)
+  facts = facts._replace(mask_BPXX=behind.mask(drawer, config, drawn, A, ahead_BPAD.shape[2]))
+  if ahead_BPAD.shape[2]:
+    ahead = jax.lax.stop_gradient(ahead_BPAD)
+    end_BPAD, ahead_inputs = replay.ahead(drawer, ahead, behind.live(drawer, config, drawn), facts, prefix, draft)
     end_BPXD = jnp.concatenate([end_BPXD, end_BPAD], axis=2)
-  facts = facts._replace(mask_BPXX=_think_mask(drawer, config, drawn, A))
   slots_BPXD = jnp.concatenate([_wrap(decoder, config, thoughts), ahead_BPAD], axis=2)
   kept = replay.Kept(base, draft.inputs_LJBPD, ahead_inputs)
   hidden = replay.replayed(decoder, x_B1TD, slots_BPXD, facts, kept, (end_B1TD, end_BPXD))
@@ -255,37 +255,22 @@ def _made(decoder, config, x_B1TD, anchors, ahead_BPAD, keys_BP, facts, given):
 
 
 def _side_by_side(decoder, config, anchor_BPD, ahead_BPAD, positions_BPX, keys_BP, past, given):
-  """(hidden_BPXD of the J think slots and A look-ahead tokens of P private streams, Thoughts [B, P, ...])."""
+  """(hidden_BPXD of the J think slots, A look-ahead tokens and answers of P private streams, Thoughts [B, P, ...])."""
   (B, P, A, _), J = ahead_BPAD.shape, config.slots
   if given is not None:
-    x = jnp.concatenate([_wrap(decoder, config, given), ahead_BPAD], axis=2)
-    return decoder(x, positions_BPX, _think_mask(decoder, config, given, A), past)[0], given
+    x = jnp.concatenate([_wrap(decoder, config, given), behind.tokens(decoder, ahead_BPAD, given)], axis=2)
+    mask = behind.mask(decoder, config, given, A, x.shape[2] - J)
+    return decoder(x, positions_BPX[:, :, : x.shape[2]], mask, past)[0], given
   fresh = Seen(empty_cache(decoder, B, P, J), jnp.zeros((1, 1, 1, 0), bool))
   hidden, thoughts, cache = think(decoder, config, anchor_BPD, positions_BPX[:, :, :J], keys_BP, past, fresh)
-  if A:
-    own = Seen(cache, _live(decoder, config, thoughts)[:, :, None])
-    causal = jnp.tril(jnp.ones((A, A), bool))[None, None]
-    hidden = jnp.concatenate([hidden, decoder(ahead_BPAD, positions_BPX[:, :, J:], causal, past, own)[0]], axis=2)
+  if config.answer:
+    thoughts = behind.answer(decoder, config, anchor_BPD, hidden, positions_BPX, keys_BP, past, cache, thoughts, A)
+  x = behind.tokens(decoder, ahead_BPAD, thoughts)
+  if x.shape[2]:
+    own = Seen(cache, behind.live(decoder, config, thoughts)[:, :, None])
+    mask = behind.mask(decoder, config, thoughts, A, x.shape[2])[:, :, J:, J:]
+    hidden = jnp.concatenate([hidden, decoder(x, positions_BPX[:, :, J:], mask, past, own)[0]], axis=2)
   return hidden, thoughts
-
-
-def _live(decoder, config, thoughts):
-  """live_BPJ: the think slots of a private thought up to its end; all of them where all ends are scored."""
-  return (jnp.arange(config.slots) <= _last(decoder, config, thoughts)[..., None]) | config.learns_end
-
-
-def _think_mask(decoder, config, thoughts, A):
-  """mask_BPXX: a slot or look-ahead token sees those before it and itself, and no slot behind the thought's end."""
-  X = config.slots + A
-  live_BPX = jnp.pad(_live(decoder, config, thoughts), [(0, 0), (0, 0), (0, A)], constant_values=True)
-  return jnp.tril(jnp.ones((X, X), bool)) & live_BPX[:, :, None]
-
-
-def _end(config, anchor_BPD, hidden_BPXD, used_BP):
-  """[B, P, 1, D]: the state that each private thought's target is read off: its last slot, or the anchor's."""
-  last_BP = config.last(used_BP)[..., None, None]
-  end_BP1D = jnp.take_along_axis(hidden_BPXD, jnp.maximum(last_BP, 0), axis=2)
-  return jnp.where(last_BP < 0, anchor_BPD[:, :, None], end_BP1D)
 
 
 def _learned(decoder, config, anchor_BPD, hidden_BPJD, readout_BPMD, targets_BPM, weights_BPM) -> dict:
@@ -313,6 +298,23 @@ def _policy(decoder, config, anchor_BGND, think_BGNJD, thoughts):
   logp_BGNJ, entropy_BGNJ = (jnp.where(chosen_BGNJ, a, 0.0) for a in (logp_BGNJ, entropy_BGNJ))
   entropy_BGN = entropy_BGNJ.sum(axis=-1) / jnp.maximum(chosen_BGNJ.sum(axis=-1), 1)
   return logp_BGNJ.sum(axis=-1), entropy_BGN, logp_BGNJ, chosen_BGNJ
+
+
+def _answered(decoder, config, policy, end_BP1D, hidden_BPXD, answer_BGNA):
+  """`policy` with what each thought answers: its first token is drawn at the thought's end, the others in the last slots
+  of the stream.
+  """
+  if answer_BGNA is None:
+    return policy
+  (B, G, N, m), X = answer_BGNA.shape, hidden_BPXD.shape[2]
+  states_BPAD = jnp.concatenate([end_BP1D, hidden_BPXD[:, :, X - m + 1 :]], axis=2)
+  states_BGNAD = states_BPAD.reshape(B, G, N, *states_BPAD.shape[2:])
+  logp_BGN, entropy_BGN, logp_BGNJ, chosen_BGNJ = policy
+  chosen_BGNA = answer.exists(answer_BGNA, decoder.border)
+  answer_logp_BGNA = jnp.where(chosen_BGNA, token_policy(decoder, config, states_BGNAD, answer_BGNA)[0], 0.0)
+  join = lambda a, b: jnp.concatenate([a, b], axis=-1)
+  joined = join(logp_BGNJ, answer_logp_BGNA), join(chosen_BGNJ, chosen_BGNA)
+  return logp_BGN + answer_logp_BGNA.sum(axis=-1), entropy_BGN, *joined
 
 
 def _value(decoder, anchor_BGND):

@@ -41,7 +41,7 @@ def think(
   """
   J, n = config.slots, config.length
   if run is None:
-    run, memory = _cached(decoder, J, hidden_BPD.shape[:2], positions_BPJ, past, own), own.cache
+    run, memory = cached(decoder, J, hidden_BPD.shape[:2], positions_BPJ, past, own), own.cache
 
   def control(row, j, cache):
     return run(decoder.embed(jnp.full(hidden_BPD.shape[:2], row)), j, cache)
@@ -71,8 +71,15 @@ def think(
   return jnp.concatenate([*around[0], states, *around[1]], axis=2), thoughts, cache
 
 
-def _cached(decoder, J: int, edge, positions_BPJ, past: Seen | None, own: Seen):
-  """How `think` runs a slot against a cache of each stream's own keys, whose last J slots are the thought's."""
+def cached(decoder, J: int, edge, positions_BPJ, past: Seen | None, own: Seen):
+  """How a slot is run against a cache of each stream's own keys, whose last J slots are filled one by one.
+
+  Args:
+    edge: (B, P). own: with mask [B, P, 1, W - J] of the slots before them.
+
+  Returns:
+    (x_BPD, j, cache) -> (hidden_BPD, cache with slot j of them).
+  """
   first = own.cache.k.shape[-3] - J
   before = jnp.broadcast_to(own.mask_BPQS, (*edge, 1, first))
 

@@ -24,7 +24,7 @@ from thinking_lm.objectives.advantages import ADVANTAGES, varied
 from thinking_lm.objectives.baselines import BASELINES, reward_of
 from thinking_lm.objectives.bounds import BOUNDS
 from thinking_lm.objectives.policy import ESTIMATORS, RATIOS, approximate_kl, bounded_exp, surrogate
-from thinking_lm.objectives.rewards import REWARDS
+from thinking_lm.objectives.rewards import REWARDS, prefix_match
 from thinking_lm.objectives.scores import SCORES, score
 from thinking_lm.types import Batch, Beside, Trace, Vocabulary
 
@@ -233,7 +233,8 @@ def describe(trace: Trace) -> dict[str, Mean]:
   mix_weight: of the prediction after a thought; mix_weight_0of5 ... 4of5: its histogram, the share in each fifth of
   [0, 1].
   effective_samples: of a group, 1 / sum_g w_g^2 with w = softmax_g log p(y | x, z_g), the weights of bound M.
-  brier_report: the Brier score of what thoughts report, where they do.
+  brier_report: the Brier score of what thoughts report, where they do. answer_match: of sampled answers, those that
+  begin what came, see `rewards.prefix_match`.
   """
   trace = jax.lax.stop_gradient(trace)
   valid_BGN = jnp.broadcast_to(trace.valid_BN[:, None], trace.used_BGN.shape)
@@ -245,6 +246,8 @@ def describe(trace: Trace) -> dict[str, Mean]:
     found["nll_base"] = Mean.of(-trace.base_logp_BT, trace.weights_BT)
   if trace.report is not None:
     found["brier_report"] = Mean.of(score("brier", trace.report), trace.report.weight_BN[:, None])
+  if trace.answer is not None:
+    found["answer_match"] = Mean.of(prefix_match(trace), (trace.answer.weight_BN > 0)[:, None])
   if trace.valid_BN.shape[1]:
     rows = jnp.asarray(trace.valid_BN.shape[0], jnp.float32)
     found |= dict(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from thinking_lm.objectives.scores import score
+from thinking_lm.thoughts.answer import BORDER
 
 
 def log_prob(trace):
@@ -41,17 +42,61 @@ def proper_score(trace):
   return trace.score_BGN
 
 
+def prefix_match(trace):
+  """1 if the codes of the sampled answer begin what really came and end where one of its tokens does, else 0.
+
+  The reward of RPT (arXiv:2506.08007, section 3): byte by byte, so that the cut into tokens does not count, but never
+  half a token. 0 where the anchor's target has no weight, and for answers of no bytes.
+  """
+  answer = trace.answer
+  said_BGNP, came_BGNP = answer.said_BGNP, answer.came_BNP[:, None]
+  length_BGN1 = jnp.sum(said_BGNP >= 0, axis=-1, keepdims=True)
+  same_BGN = jnp.all((said_BGNP == came_BGNP) | (said_BGNP < 0), axis=-1)
+  whole_BGN = jnp.any(answer.ends_BNP[:, None] == length_BGN1, axis=-1) & (length_BGN1[..., 0] > 0)
+  return (same_BGN & whole_BGN & (answer.weight_BN > 0)[:, None]).astype(jnp.float32)
+
+
+WHITE = (*b" \t\n\r\v\f", BORDER)
+"""Codes around an answer that the tasks' verifiers do not look at."""
+
+
+def verifier(trace):
+  """1 if the sampled answer is the one that the task asks for, but for white space around either, else 0.
+
+  This is what the verifiers of data.tasks say of a single answer (of text, or one label), on arrays: what is asked for
+  comes with the rows, as their targets. A border that was drawn ends the answer and need not be there. 0 where the
+  anchor's target has no weight.
+  """
+  answer = trace.answer
+  same_BGN = jnp.all(_stripped(answer.said_BGNP) == _stripped(answer.asked_BNP)[:, None], axis=-1)
+  return (same_BGN & (answer.weight_BN > 0)[:, None]).astype(jnp.float32)
+
+
+def _stripped(codes_XP):
+  """Codes without those of WHITE at either side, from the first place on; -1 behind them."""
+  room = codes_XP.shape[-1]
+  place_P = jnp.arange(room)
+  ink_XP = (codes_XP >= 0) & jnp.all(codes_XP[..., None] != jnp.array(WHITE), axis=-1)
+  first_X1 = jnp.min(jnp.where(ink_XP, place_P, room), axis=-1, keepdims=True)
+  last_X1 = jnp.max(jnp.where(ink_XP, place_P, -1), axis=-1, keepdims=True)
+  moved_XP = jnp.take_along_axis(codes_XP, jnp.minimum(place_P + first_X1, room - 1), axis=-1)
+  return jnp.where(place_P <= last_X1 - first_X1, moved_XP, -1)
+
+
 class Reward(NamedTuple):
   """A member of the table.
 
   of: Trace -> reward_BGN. base: it needs the pass without thoughts (topology private). smooth: it is a differentiable
-  function of the outcome, so that a relaxed thought has one too. report: it needs thoughts that report.
+  function of the outcome, so that a relaxed thought has one too. report: it needs thoughts that report. answer: it
+  needs thoughts that answer. task: and a task, whose answers can be right.
   """
 
   of: Callable
   base: bool = False
   smooth: bool = False
   report: bool = False
+  answer: bool = False
+  task: bool = False
 
 
 REWARDS = dict(
@@ -60,6 +105,8 @@ REWARDS = dict(
   prob=Reward(prob, smooth=True),
   exact_match=Reward(exact_match),
   proper_score=Reward(proper_score, report=True),
+  prefix_match=Reward(prefix_match, answer=True),
+  verifier=Reward(verifier, answer=True, task=True),
 )
 
 

@@ -60,6 +60,9 @@ class ThoughtConfig:
     0, "sampled: the last 2m of the n think tokens are m (candidate, confidence) pairs; 0: none", low=0
   )
   bins: int = option(11, "report: how many confidences there are, from 0 to 1 at equal steps", low=2)
+  answer: int = option(
+    0, "private, sampled or noisy: real tokens that are drawn behind a thought, for a reward to judge; 0: none", low=0
+  )
   samples: int = option(1, "G thoughts drawn per anchor (private) or streams per row (persistent)", low=1)
   lookahead: int = option(1, "m real tokens that make a thought's outcome; 0 is the rest of the document", low=0)
   rescore: bool = option(
@@ -107,7 +110,7 @@ class ThoughtConfig:
       found.append("mixing needs topology 'private': with 'persistent' there is no prediction without thoughts")
     if self.length and self.delimiters and self.halting in HALTING and HALTING[self.halting].odds:
       found.append(f"halting {self.halting!r} ends a thought at a state, without a STOP: set delimiters to false")
-    found += self._report_faults()
+    found += self._report_faults() + self._answer_faults()
     if self.length and self.placement == "none":
       found.append("placement 'none' never thinks; set length 0 or another placement")
     return found
@@ -159,6 +162,21 @@ class ThoughtConfig:
       found.append(f"report needs halting {known}, got {self.halting!r}: others do not say where it would begin")
     if self.report and self.free < 0:
       found.append(f"report {self.report} takes {2 * self.report} of a thought's think tokens; length is {self.length}")
+    return found
+
+  def _answer_faults(self) -> list[str]:
+    """What an answer asks of its thought."""
+    if not self.answer or not self.length:
+      return ["answer needs thought.length above 0: it is drawn behind a thought"] if self.answer else []
+    found = []
+    if self.kind in KINDS and not KINDS[self.kind].policy:
+      found.append(f"answer needs kind 'sampled' or 'noisy', whose policy it is a part of; got {self.kind!r}")
+    if self.topology != "private":
+      found.append("answer needs topology 'private': in a persistent stream the real tokens to come would see it")
+    if self.mixing != "none" or self.relaxation or (self.halting in HALTING and self.learns_end):
+      found.append(
+        "answer needs mixing 'none', relaxation 0 and a halting without a head: it has one state to go on from"
+      )
     return found
 
   @property

@@ -114,7 +114,8 @@ class Private(NamedTuple):
   """Private thoughts of a batch: one for every anchor, each with J think slots and A look-ahead tokens.
 
   prefix_BNT: bool, the real tokens that the thought and its look-ahead see. valid_BN: the anchor exists.
-  positions_BNX: rotary positions of the X = J + A slots. ahead_BNA: index into T of the look-ahead tokens
+  positions_BNX: rotary positions of the X = J + A slots, and of those of an answer, which stand where the look-ahead
+  does. ahead_BNA: index into T of the look-ahead tokens
   (anchor + 1 ...), T where they leave the anchor's document. target_BNM: index into T of the M = A + 1 targets.
   """
 
@@ -125,19 +126,19 @@ class Private(NamedTuple):
   target_BNM: jax.Array
 
 
-def private(batch: Batch, layout: Layout, J: int, lookahead: int, rotary: str) -> Private:
-  """Lays the thoughts of all anchors out side by side."""
+def private(batch: Batch, layout: Layout, J: int, lookahead: int, rotary: str, answer: int = 0) -> Private:
+  """Lays the thoughts of all anchors out side by side; answer: tokens of an answer, the last of which has no slot."""
   T = batch.tokens_BT.shape[1]
   anchors_BN = layout.anchors_BN
   segment_BN = take(batch.segments_BT, anchors_BN, 0)
   position_BN = take(batch.positions_BT, anchors_BN, 0)
   index_T = jnp.arange(T)
   prefix_BNT = (index_T <= anchors_BN[..., None]) & (batch.segments_BT[:, None] == segment_BN[..., None])
-  step_J, ahead_A = jnp.arange(J) + 1, jnp.arange(1, lookahead)
+  step_J, after_X = jnp.arange(J) + 1, jnp.concatenate([jnp.arange(1, lookahead), jnp.arange(1, answer)])
   if rotary == "advance":
-    offset_X = jnp.concatenate([step_J, J + ahead_A])
+    offset_X = jnp.concatenate([step_J, J + after_X])
   else:
-    offset_X = jnp.concatenate([jnp.zeros_like(step_J), ahead_A])
+    offset_X = jnp.concatenate([jnp.zeros_like(step_J), after_X])
   target_BNM = window(batch, layout, lookahead)
   return Private(prefix_BNT, anchors_BN < T, position_BN[..., None] + offset_X, target_BNM[:, :, 1:], target_BNM)
 
