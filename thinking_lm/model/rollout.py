@@ -301,7 +301,7 @@ def _policy(decoder, config, anchor_BGND, think_BGNJD, thoughts):
 
 
 def _answered(decoder, config, policy, end_BP1D, hidden_BPXD, answer_BGNA):
-  """`policy` with what each thought answers: its first token is drawn at the thought's end, the others in the last slots
+  """`policy` with what each thought answers: its first token is drawn at the end of it, the others in the last slots
   of the stream.
   """
   if answer_BGNA is None:
