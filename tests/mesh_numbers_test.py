@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from thinking_lm import experiment, recipes
+from thinking_lm.analysis import collectives
 from thinking_lm.errors import ConfigError
 from thinking_lm.training.mesh import MeshConfig, global_batch, make_mesh, shardings
 from thinking_lm.training.step import gradients
@@ -50,10 +51,14 @@ def test_one_device_and_eight(recipe, values, sizes):
   mesh = make_mesh(MeshConfig(**(dict(data=1) | sizes)))
   with jax.set_mesh(mesh):
     placed = jax.device_put(params, shardings(built.axes, params, mesh))
-    many = jax.device_get(step(built)(placed, global_batch(mesh, rows)))
+    spread = global_batch(mesh, rows)
+    program = step(built).lower(placed, spread).compile()
+    many = jax.device_get(program(placed, spread))
   scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(grads))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=3e-6 * scale), many[0], grads)
   np.testing.assert_allclose(many[1]["loss"].total, metrics["loss"].total, rtol=1e-5)
+  gathers = collectives.read(program.as_text())[0]["all-gather"]
+  assert gathers.runs == gathers.instructions, "a loop over think tokens gathers weights in every trip"
 
 
 def test_what_thinks_slot_after_slot_is_not_split_along_its_row():

@@ -64,7 +64,19 @@ def constrain(values: Any, *axes: str | None) -> Any:
   The compiler guesses well between constraints, but must be told at loops and reshapes: there it otherwise gathers
   activations instead of weights.
   """
+  return constrain_each(values, jax.tree.map(lambda _: axes, values))
+
+
+def constrain_each(values: Any, axes: Any) -> Any:
+  """The same for arrays of any rank; `axes` is a tree like `values`, with a tuple for each array."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return values
-  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh)), values)
+  return jax.tree.map(lambda x, names: jax.lax.with_sharding_constraint(x, spec(names, x.shape, mesh)), values, axes)
+
+
+def gathered(values: Any, axes: Any) -> Any:
+  """Parameters as a serial loop reads them: what `fsdp` splits is put together once, not in every trip."""
+  split = constrain_each(values, axes)  # so that a cast before this one is not left until after the exchange
+  whole = lambda _, names: tuple(None if name is not None and RULES[name] == "fsdp" else name for name in names)
+  return constrain_each(split, jax.tree.map(whole, values, axes))

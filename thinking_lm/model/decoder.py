@@ -292,7 +292,7 @@ class Model:
     self.heads, self.confidences, self.border = tuple(heads), confidences, border
     self._graph, state = nnx.split(nnx.eval_shape(lambda: self._fresh(0)))
     self.shapes = nnx.to_pure_dict(state)
-    self.axes = _axes(state)
+    self.axes = axes(state)
 
   def init(self, key) -> Params:
     """Fresh parameters."""
@@ -312,10 +312,10 @@ class Model:
     return nnx.merge(self._graph, params)
 
 
-def _axes(state):
+def axes(state):
   """Nested dict of the logical axis names that `parameter` put on each variable."""
   return {
-    name: tuple(value.get_metadata("out_sharding")) if isinstance(value, nnx.Variable) else _axes(value)
+    name: tuple(value.get_metadata("out_sharding")) if isinstance(value, nnx.Variable) else axes(value)
     for name, value in state.items()
   }
 

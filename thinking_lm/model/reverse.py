@@ -34,16 +34,21 @@ from flax import nnx
 from thinking_lm.model.decoder import Cache
 from thinking_lm.model.layers import matmul
 from thinking_lm.model.segment import (
+  CACHED,
+  ROWS,
   Facts,
   Spec,
   State,
   anchor,
   bind,
   cut,
+  each,
   fold,
   forward,
-  layered,
   mix,
+  named,
+  parts,
+  pinned,
   product,
   put,
   stacked,
@@ -51,6 +56,7 @@ from thinking_lm.model.segment import (
   visible,
   weigh,
 )
+from thinking_lm.sharding import constrain, constrain_each
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -75,6 +81,7 @@ def _backward(spec, kept, cotangents):
   think_S = (fed == 0) | (fed >= spec.shape.joint)
   dknown_BSD = jnp.where(think_S[:, None], 0, buffers.dx_BSD)
   dparams = _parameters(spec, params, facts, made, calls.saved, *buffers, scales)
+  dparams = constrain_each(dparams, named(spec, params))
   dpast = _earlier(calls.saved, buffers.rows, past)
   return dparams, dknown_BSD, None, State(dhidden_BD, None), dpast
 
@@ -82,11 +89,20 @@ def _backward(spec, kept, cotangents):
 segment.defvjp(_forward, _backward)
 
 
+FIRST = dict(query="query", key="query", value="query", out="out", gate="gate", up="gate", down="down")
+"""Matrix of a layer -> the first one that multiplies the same input."""
+
+SCORES = ("batch", "kv_heads", "heads", None, None)
+"""Logical axes of attention scores [B, K, H / K, S, A]: tensor splits either kind of heads."""
+
+
 class _Saved(NamedTuple):
   """What `_recompute` keeps of a layer, for the slots of a segment; an item of layered values.
 
-  x_BSD: the layer's input. queries_BSX: its queries, X = H E. weights_BKRSA: attention weights. inputs, outputs: of the
-  products with each matrix, by name (the output of `down` is never needed).
+  x_BSD: the layer's input. queries_BSX: its queries, X = H E. weights_BKRSA: attention weights, in the type that values
+  are mixed in. inputs, outputs: of the
+  products with each matrix, by name; an input that several products share is that of the first of them (`FIRST`), and
+  the output of `down` is never needed.
   """
 
   x_BSD: jax.Array
@@ -114,12 +130,6 @@ class _Buffers(NamedTuple):
   dx_BSD: jax.Array
 
 
-def _split(weights):
-  """(matrices, norms) of a layer's parameters."""
-  norms = {name: leaf for name, leaf in weights.items() if isinstance(leaf, dict)}
-  return {name: leaf for name, leaf in weights.items() if name not in norms}, norms
-
-
 @jax.custom_vjp
 def _replay(x, transposed_OI, y):
   """The recorded product y of x with a matrix. The cotangent of y is that of the product."""
@@ -128,6 +138,24 @@ def _replay(x, transposed_OI, y):
 
 
 _replay.defvjp(lambda x, transposed, y: (y, transposed), lambda transposed, dy: (matmul(dy, transposed), None, dy))
+
+
+def _split(name: str, which: int) -> tuple[str | None, ...]:
+  """Logical axes of what goes into (0) or comes out of (1) the product with a matrix, [B, S, X]."""
+  tensor = dict(out=("heads", None), gate=(None, "mlp"), up=(None, "mlp"), down=("mlp", None))
+  return ("batch", None, tensor.get(name, (None, "heads"))[which])
+
+
+def _pin(found):
+  """Layered _Saved or _Rows, split over the mesh."""
+  if isinstance(found, list):
+    return each(_pin, found)
+  outputs = {name: pinned(a, *_split(name, 1)) for name, a in found.outputs.items()}
+  if isinstance(found, _Rows):
+    return _Rows(pinned(found.dscore_BKRSA, *SCORES), pinned(found.dmixed_BSX, *_split("out", 0)), outputs)
+  inputs = {name: pinned(a, *_split(name, 0)) for name, a in found.inputs.items()}
+  queries_BSX, weights_BKRSA = pinned(found.queries_BSX, *_split("query", 1)), pinned(found.weights_BKRSA, *SCORES)
+  return _Saved(pinned(found.x_BSD, *ROWS), queries_BSX, weights_BKRSA, inputs, outputs)
 
 
 def _recompute(decoder, layer_of, weights, facts, caches, x_BSD):
@@ -139,7 +167,7 @@ def _recompute(decoder, layer_of, weights, facts, caches, x_BSD):
     inputs, outputs = {}, {}
 
     def record(name, h):
-      inputs[name], outputs[name] = h, matmul(h, weights[name])
+      inputs[FIRST[name]], outputs[name] = h, matmul(h, weights[name])
       return outputs[name]
 
     layer = layer_of(weights)
@@ -147,9 +175,9 @@ def _recompute(decoder, layer_of, weights, facts, caches, x_BSD):
     seen = weigh(q, cache.k, mask)
     y = layer.complete(x, mix(seen, cache.v), record)
     del outputs["down"]
-    return y, _Saved(x, q.reshape(*q.shape[:2], -1), seen, inputs, outputs)
+    return constrain(y, *ROWS), _pin(_Saved(x, q.reshape(*q.shape[:2], -1), seen.astype(q.dtype), inputs, outputs))
 
-  return sweep(body, x_BSD, weights, caches)
+  return sweep(body, constrain(x_BSD, *ROWS), weights, caches)
 
 
 class _Calls:
@@ -158,13 +186,21 @@ class _Calls:
   def __init__(self, spec, params, facts, made, caches, dhidden_BSD, dcache):
     self.spec, self.facts, self.made, self.dhidden_BSD, self.dcache = spec, facts, made, dhidden_BSD, dcache
     self.decoder, self.layer_of, self.weights = bind(spec, params)
-    self.caches = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-2), *caches)
+    self.caches = pinned(jax.tree.map(lambda *pieces: jnp.concatenate(pieces, axis=-2), *caches), *CACHED)
     self.last_BSD, self.saved = _recompute(
       self.decoder, self.layer_of, self.weights, facts, self.caches, made.inputs_BSD
     )
-    matrices, norms = _split(params["layers"])
-    transposed = jax.tree.map(lambda w: jnp.swapaxes(w, -1, -2).astype(self.last_BSD.dtype), matrices)
-    self.transposed, self.norms = (layered(tree, self.decoder.config.layers) for tree in (transposed, norms))
+    flip = lambda weights: jax.tree.map(lambda w: jnp.swapaxes(w, -1, -2), parts(weights)[0])
+    norms = lambda weights: {name: self._by_row(name, norm["scale"]) for name, norm in parts(weights)[1].items()}
+    self.transposed, self.norms = each(flip, self.weights), each(norms, self.weights)
+    self.final_norm = self._by_row("final_norm", self.decoder.final_norm.scale[...])
+
+  def _by_row(self, name: str, scale):
+    """{"scale": that of a norm for each row}: summed over rows once, after the scan, and not in every call."""
+    B, ones = self.made.inputs_BSD.shape[0], (1, 1) if name in ("query_norm", "key_norm") else (1,)
+    *edge, width = scale.shape
+    rows = jnp.broadcast_to(scale.reshape(*edge, 1, *ones, width), (*edge, B, *ones, width))
+    return {"scale": pinned(rows, "batch", *[None] * len(ones), None)}
 
   def rounds(self, dhidden_BD):
     """Visits all rounds. dhidden_BD: of State.hidden_BD after the last.
@@ -172,10 +208,9 @@ class _Calls:
     Returns (_Buffers, cotangents of (layered norms, scale of the final norm), dhidden_BD before the first round).
     """
     rows = lambda saved: _Rows(saved.weights_BKRSA, saved.queries_BSX, saved.outputs | dict(down=saved.x_BSD))
-    filled = [rows(one) for one in self.saved] if isinstance(self.saved, list) else rows(self.saved)
     zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
-    buffers = zeros(_Buffers(filled, self.made.inputs_BSD))
-    carry = (buffers, zeros((self.norms, self.decoder.final_norm.scale[...])), dhidden_BD)
+    buffers = _Buffers(_pin(zeros(each(rows, self.saved))), pinned(zeros(self.made.inputs_BSD), *ROWS))
+    carry = (buffers, zeros((self.norms, self.final_norm)), dhidden_BD)
     return jax.lax.scan(self._round, carry, jnp.arange(self.spec.shape.rounds), reverse=True)[0]
 
   def _round(self, carry, r):
@@ -214,13 +249,13 @@ class _Calls:
     """
     Q = dhidden_BQD.shape[1]
     graph = nnx.split(self.decoder.final_norm)[0]
-    norm = lambda scale, x: nnx.merge(graph, {"scale": scale})(x)
-    _, pull = jax.vjp(norm, self.decoder.final_norm.scale[...], cut(self.last_BSD, first, Q))
+    norm = lambda scale, x: nnx.merge(graph, scale)(x)
+    _, pull = jax.vjp(norm, self.final_norm, cut(self.last_BSD, first, Q))
     dfinal, dx_BQD = pull(dhidden_BQD + cut(self.dhidden_BSD, first, Q))
     layers = (self.weights, self.norms, self.transposed, self.caches, self.dcache, self.saved, buffers.rows)
     dx_BQD, found = sweep(functools.partial(self._layer, first), dx_BQD, *layers, reverse=True)
-    rows, dnorms = ([one[i] for one in found] if isinstance(found, list) else found[i] for i in (0, 1))
-    buffers = _Buffers(put(buffers.rows, rows, first), put(buffers.dx_BSD, dx_BQD, first))
+    rows, dnorms = (each(lambda one, i=i: one[i], found) for i in (0, 1))
+    buffers = _Buffers(_pin(put(buffers.rows, rows, first)), pinned(put(buffers.dx_BSD, dx_BQD, first), *ROWS))
     return buffers, jax.tree.map(jnp.add, scales, (dnorms, dfinal)), dx_BQD
 
   def _layer(self, first, dy_BQD, weights, norms, transposed, cache, dcache, saved, rows):
@@ -246,21 +281,21 @@ class _Calls:
     dmixed_BQX = dmixed_BQHE.reshape(*dy_BQD.shape[:2], -1)
     dqkv, dscore_BKRQA = self._attention(cache, dcache, saved, rows, dmixed_BQX, first)
     more_dnorms, more_dx_BQD, dearly = pull_project(dqkv)
-    found = _Rows(dscore_BKRQA, dmixed_BQX, dearly | dlate)
-    return dx_BQD + more_dx_BQD, (found, jax.tree.map(jnp.add, dnorms, more_dnorms))
+    found = _pin(_Rows(dscore_BKRQA, dmixed_BQX, dearly | dlate))
+    return constrain(dx_BQD + more_dx_BQD, *ROWS), (found, jax.tree.map(jnp.add, dnorms, more_dnorms))
 
   def _attention(self, cache, dcache, saved, rows, dmixed_BQX, first):
     """((dq_BQHE, dk_BQKE, dv_BQKE), dscore_BKRQA) of a call in one layer."""
     (B, K, _, E), (_, Q, _), dtype = cache.k.shape, dmixed_BQX.shape, cache.k.dtype
     columns = lambda a_BKRXA: jax.lax.dynamic_slice_in_dim(a_BKRXA, self._column(first), Q, axis=4)
-    slots = lambda a_BKRSQ: jnp.moveaxis(a_BKRSQ, 4, 2).reshape(B, K, Q, -1).astype(dtype)
-    weights_BKRQA = cut(saved.weights_BKRSA, first, Q)
+    slots = lambda a_BKRSQ: jnp.moveaxis(a_BKRSQ, 4, 2).reshape(B, K, Q, -1)
+    weights_BKRQA = cut(saved.weights_BKRSA, first, Q).astype(jnp.float32)
     dweights_BKMA = product(_heads(dmixed_BQX, K, E), jnp.swapaxes(cache.v, 2, 3))
     dweights_BKRQA = dweights_BKMA.reshape(weights_BKRQA.shape)
     spread = jnp.sum(weights_BKRQA * dweights_BKRQA, axis=-1, keepdims=True)
-    dscore_BKRQA = weights_BKRQA * (dweights_BKRQA - spread)
+    dscore_BKRQA = (weights_BKRQA * (dweights_BKRQA - spread)).astype(dtype)
 
-    dq_BKME = product(dscore_BKRQA.reshape(dweights_BKMA.shape).astype(dtype), cache.k) * E**-0.5
+    dq_BKME = product(dscore_BKRQA.reshape(dweights_BKMA.shape), cache.k) * E**-0.5
     dq_BQKRE = jnp.moveaxis(dq_BKME.reshape(B, K, -1, Q, E), 3, 1)
     dscore_BKRSQ = put(columns(rows.dscore_BKRSA), columns(dscore_BKRQA), first)
     dk_BKQE = product(slots(dscore_BKRSQ), _heads(saved.queries_BSX, K, E)) * E**-0.5
@@ -282,11 +317,12 @@ def _parameters(spec, params, facts, made, saved, rows, dx_BSD, scales):
   flat = lambda a_BSX: a_BSX.reshape(-1, a_BSX.shape[-1])
 
   def matrices(_, saved, rows):
-    pairs = {name: (flat(saved.inputs[name]), flat(rows.outputs[name])) for name in saved.inputs}
+    pairs = {name: (flat(saved.inputs[FIRST[name]]), flat(rows.outputs[name])) for name in FIRST}
     return None, {name: jnp.dot(x.T, dy, preferred_element_type=jnp.float32) for name, (x, dy) in pairs.items()}
 
   dnorms, dfinal = scales
-  dlayers = stacked(sweep(matrices, None, saved, rows)[1]) | stacked(dnorms)
+  over_rows = lambda a: jnp.sum(a, axis=tuple(range(1, a.ndim - 1)))
+  dlayers = stacked(sweep(matrices, None, saved, rows)[1]) | jax.tree.map(over_rows, stacked(dnorms))
   shape, n = spec.shape, spec.config.length
   others = {name: leaf for name, leaf in params.items() if name != "layers"}
   numbers = jnp.array([n - 1, *range(shape.singles)])
@@ -307,7 +343,7 @@ def _parameters(spec, params, facts, made, saved, rows, dx_BSD, scales):
     return config.kind_of.step(decoder, made.sources_RnBD, keys_RnB, config)[0]
 
   (dothers,) = jax.vjp(think_tokens, others)[1](rounds(dx_BSD))
-  dothers["final_norm"]["scale"] += dfinal
+  dothers["final_norm"]["scale"] += jnp.sum(dfinal["scale"], axis=(0, 1))
   return dothers | dict(layers=dlayers)
 
 
@@ -320,7 +356,7 @@ def _earlier(saved, rows, past):
 
   def one(_, saved, rows, cache):
     (B, K, _, E), dtype = cache.k.shape, cache.k.dtype
-    received = lambda a_BKRSA: jnp.moveaxis(a_BKRSA[..., :P], 4, 2).reshape(B, K, P, -1).astype(dtype)
+    received = lambda a_BKRSA: jnp.moveaxis(a_BKRSA[..., :P], 4, 2).reshape(B, K, P, -1)
     dk_BKPE = product(received(rows.dscore_BKRSA), _heads(saved.queries_BSX, K, E)) * E**-0.5
     dv_BKPE = product(received(saved.weights_BKRSA), _heads(rows.dmixed_BSX, K, E))
     return None, Cache(dk_BKPE.astype(dtype), dv_BKPE.astype(dtype))

@@ -23,11 +23,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from thinking_lm.model.decoder import DTYPES, Cache, Decoder
+from thinking_lm.model.decoder import DTYPES, Cache, Decoder, axes
 from thinking_lm.model.layers import MASKED
 from thinking_lm.model.thinking import emit
+from thinking_lm.sharding import constrain, gathered
 from thinking_lm.thoughts import halting, topology
 from thinking_lm.thoughts.spec import ThoughtConfig
+
+CACHED = ("batch", "kv_heads", None, None)
+"""Logical axes of keys and values [B, K, A, E]. Slots are never split: a loop reads and writes them one by one."""
+
+ROWS = ("batch", None, None)
+"""Logical axes of activations [B, Q, D]."""
 
 UNROLLED = 4
 """Up to so many layers are unrolled. A scan over layers copies the weights of each in every step, but compiles once."""
@@ -120,6 +127,11 @@ def stacked(tree: Any) -> Any:
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *tree) if isinstance(tree, list) else tree
 
 
+def each(function, tree: Any) -> Any:
+  """function(one layer, or all of them with their leading axis), of a layered pytree."""
+  return [function(one) for one in tree] if isinstance(tree, list) else function(tree)
+
+
 def sweep(body, carry, *trees, reverse: bool = False):
   """Scans body(carry, *one layer of each tree) -> (carry, y) over the layers. Returns (carry, layered y)."""
   if not isinstance(trees[0], list):
@@ -142,11 +154,34 @@ def put(tree: Any, new: Any, start) -> Any:
   return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, start, axis=a.ndim - 2), tree, new)
 
 
+def named(spec: Spec, params) -> dict:
+  """The logical axis names of all parameters."""
+  return axes(nnx.split(nnx.merge(spec.graph, params))[1])
+
+
 def bind(spec: Spec, params) -> tuple[Decoder, Any, Any]:
-  """(decoder, a function from one layer's weights to the layer, layered weights)."""
+  """(decoder, a function from one layer's weights to the layer, layered weights).
+
+  All calls read the same weights: they are cast and gathered once.
+  """
+  dtype = DTYPES[nnx.merge(spec.graph, params).config.compute_dtype]
+  matrices, norms = parts(params["layers"])
+  params = params | dict(layers=jax.tree.map(lambda w: w.astype(dtype), matrices) | norms)
+  params = gathered(params, named(spec, params))
   decoder = nnx.merge(spec.graph, params)
   graph = nnx.split(decoder.layers)[0]
   return decoder, lambda weights: nnx.merge(graph, weights), layered(params["layers"], decoder.config.layers)
+
+
+def parts(weights: dict) -> tuple[dict, dict]:
+  """(matrices, norms) of the parameters of layers."""
+  norms = {name: leaf for name, leaf in weights.items() if isinstance(leaf, dict)}
+  return {name: leaf for name, leaf in weights.items() if name not in norms}, norms
+
+
+def pinned(tree: Any, *names: str | None) -> Any:
+  """Layered arrays, each layer of which is split as `sharding.constrain` says."""
+  return jax.tree.map(lambda a: constrain(a, *[None] * (a.ndim - len(names)), *names), tree)
 
 
 def grow(decoder: Decoder, past: list, B: int, S: int):
@@ -154,7 +189,8 @@ def grow(decoder: Decoder, past: list, B: int, S: int):
   c = decoder.config
   shape = (c.layers, B, c.resolved_kv_heads, S, c.resolved_head_width)
   free = layered(Cache(*(jnp.zeros(shape, DTYPES[c.compute_dtype]) for _ in range(2))), c.layers)
-  return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-2), *past, free) if past else free
+  whole = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-2), *past, free) if past else free
+  return pinned(whole, *CACHED)
 
 
 def product(left_BKMX, right_BKXN):
@@ -228,6 +264,7 @@ def forward(spec: Spec, params, known_BSD, facts: Facts, state: State, past: lis
     x = jax.lax.dynamic_slice_in_dim(known_BSD, first, shape.joint, axis=1).at[:, 0].set(z)
     joint, caches = call(caches, x, segments, first)
     hidden = jnp.take_along_axis(joint, anchor(shape, segments, A - S + first)[:, None, None], axis=1)[:, 0]
+    hidden = constrain(hidden, "batch", None)
     progress = halting.begin(decoder, config, hidden, begins_B)
 
     def single(carry, i):
@@ -243,12 +280,14 @@ def forward(spec: Spec, params, known_BSD, facts: Facts, state: State, past: lis
     rows = lambda first, rest: jnp.concatenate([first, jnp.moveaxis(rest, 0, 1)], axis=1)
     ids = rows(jnp.full((B, shape.joint), -1).at[:, 0].set(token), ids)
     slots = (rows(joint, states), rows(x, inputs), ids)
+    state = state._replace(hidden_BD=constrain(state.hidden_BD, "batch", None))
     return (state, segments, caches), (slots, used_B, jnp.concatenate([source[None], sources]))
 
   carry = (state, facts.segments_BA, grow(decoder, past, B, S))
   scanned = (jnp.arange(shape.rounds), facts.ends_RB, facts.begins_RB)
   (state, segments, caches), (slots, used_RB, sources) = jax.lax.scan(round_, carry, scanned)
   slots = [jnp.moveaxis(a, 0, 1).reshape(B, S, *a.shape[3:]) for a in slots]
+  slots, sources = [*constrain(slots[:2], *ROWS), slots[2]], constrain(sources, None, None, "batch", None)
   return Made(*slots, used_RB, sources, segments), cut(caches, A - S, S), state
 
 
@@ -261,10 +300,10 @@ def _call(decoder, layer_of, weights, caches, x_BQD, positions_BQ, segments_BA, 
     q, k, v = layer.project(x, positions_BQ)
     new = Cache(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
     seen = put(cache, new, start)
-    return layer.complete(x, mix(weigh(q, seen.k, mask), seen.v)), new
+    return constrain(layer.complete(x, mix(weigh(q, seen.k, mask), seen.v)), *ROWS), pinned(new, *CACHED)
 
-  x, new = sweep(body, x_BQD, weights, caches)
-  return decoder.final_norm(x), put(caches, new, start)
+  x, new = sweep(body, constrain(x_BQD, *ROWS), weights, caches)
+  return decoder.final_norm(x), pinned(put(caches, new, start), *CACHED)
 
 
 def _end(config, segments_BA, used_B, stop):

@@ -12,7 +12,8 @@ from flax import nnx
 
 from thinking_lm.model.decoder import Cache, Decoder
 from thinking_lm.model.reverse import segment
-from thinking_lm.model.segment import Facts, Shape, Spec, State, stacked
+from thinking_lm.model.segment import ROWS, Facts, Shape, Spec, State, stacked
+from thinking_lm.sharding import constrain
 from thinking_lm.thoughts import halting, topology
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.types import Layout, Thoughts
@@ -68,6 +69,7 @@ def stream_serial(decoder: Decoder, config: ThoughtConfig, stream: topology.Stre
     x_BSD = jnp.where((stream.step_S == J - 1)[:, None], decoder.embed(decoder.stop), x_BSD)
   ahead = lambda a: jnp.pad(a, ((0, 0), (lead, 0), *[(0, 0)] * (a.ndim - 2)))
   x_BSD, segments_BS, positions_BS = map(ahead, (x_BSD, stream.segments_BS, stream.positions_BS))
+  x_BSD = constrain(x_BSD, *ROWS)
   keys_RB = _round_keys(stream, keys_BN, sizes, J)
 
   nothing_BD = jnp.zeros((B, D), x_BSD.dtype)
