@@ -1,7 +1,8 @@
 """A generative verifier of answers to modular arithmetic (GenRM, arXiv:2408.15240), with or without thoughts.
 
 Purpose: is a verdict better after thinking, and which gradient teaches the thought? Recipes: none is the direct
-Yes/No verifier; pause, latent, hybrid, ... think once, before the verdict (thought.placement answer).
+Yes/No verifier; pause, latent, hybrid, ... think once, before the verdict (thought.placement answer); discriminative is
+their control, a scalar head on the last state with binary cross-entropy (a thought before it is one option more).
 Command:
   python -m thinking_lm.train --config=configs/verifier.py:solver --workdir=runs/solver
   python -m thinking_lm.candidates --workdir=runs/solver --balance --problems=4000 --output=runs/v.jsonl
@@ -36,4 +37,5 @@ def get_config(recipe="none"):
     config.data.task.length = 3
     return config
   config.data.source = "verdicts"
-  return recipes.apply(config, recipe)
+  config.data.verdicts.label = recipe == "discriminative"
+  return recipes.apply(config, "none" if config.data.verdicts.label else recipe)

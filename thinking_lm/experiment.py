@@ -75,6 +75,7 @@ class ExperimentConfig:
       + rules.estimator_faults(self.objective, self.thought)
       + rules.answer_faults(self.thought, self.data)
       + rules.reward_faults(self.objective, self.thought, self.data)
+      + rules.label_faults(self.thought, self.data)
       + rules.mesh_faults(self.mesh.sequence, self.thought)
       + rules.room_faults(self.thought, self.data.sequence_length, self.data.aligned)
     )
@@ -252,7 +253,7 @@ class Experiment:
       except ValueError as error:
         raise ConfigError(f"thought.{name} is a {type(old).__name__}, got {text!r}") from error
     thought = config_lib.parse(ThoughtConfig, values)
-    missing = set(rules.heads(thought, self.config.objective)) - set(self.model.heads)
+    missing = set(rules.heads(thought, self.config.objective, self.config.data)) - set(self.model.heads)
     if missing:
       raise ConfigError(f"these thoughts need heads that this run has not trained: {', '.join(sorted(missing))}")
     return dataclasses.replace(self._with(thought=thought), proxy=_proxy(thought, self.data))
@@ -328,7 +329,7 @@ def build(config: ExperimentConfig, rows: bool = True) -> Experiment:
 
 
 def _wired(config: ExperimentConfig, data: pipeline.Data) -> Experiment:
-  heads = rules.heads(config.thought, config.objective)
+  heads = rules.heads(config.thought, config.objective, config.data)
   model = Model(config.model, data.vocabulary.size, heads, config.thought.confidences, data.vocabulary.document)
   return Experiment(config, data, model, _proxy(config.thought, data))
 

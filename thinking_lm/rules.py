@@ -14,13 +14,14 @@ from thinking_lm.thoughts.placement import PLACEMENTS, capacity
 from thinking_lm.thoughts.spec import ThoughtConfig
 
 
-def heads(thought: ThoughtConfig, goal: ObjectiveConfig) -> tuple[str, ...]:
+def heads(thought: ThoughtConfig, goal: ObjectiveConfig, data) -> tuple[str, ...]:
   """The members of model.heads.HEADS that these sections need: no others exist as parameters."""
+  verdict = ("verdict",) if data.source == "verdicts" and data.verdicts.label else ()
   if not thought.length:
-    return ()
+    return verdict
   baseline = ADVANTAGES[goal.advantage].baseline if goal.score_weight else None
   wanted = (HALTING[thought.halting].head, thought.mixing != "none" and "mix", baseline and BASELINES[baseline].head)
-  return tuple(name for name in wanted if name)
+  return verdict + tuple(name for name in wanted if name)
 
 
 def room_faults(thought: ThoughtConfig, T: int, aligned: int) -> list[str]:
@@ -101,6 +102,18 @@ def report_faults(goal: ObjectiveConfig, thought: ThoughtConfig) -> list[str]:
     return []
   asks = dict(reward=REWARDS[goal.reward].report and goal.reward, calibration_weight=goal.calibration_weight)
   return [f"objective.{name} {value!r} needs thought.report above 0" for name, value in asks.items() if value]
+
+
+def label_faults(thought: ThoughtConfig, data) -> list[str]:
+  """Thoughts that use a prediction of words, where a verdict is a label."""
+  wanted = dict(mixing="none", report=0, answer=0, relaxation=0.0)
+  if not thought.length or data.source != "verdicts" or not data.verdicts.label:
+    return []
+  return [
+    f"data.verdicts.label predicts a label by a head: it needs thought.{name} {value!r}, got {getattr(thought, name)!r}"
+    for name, value in wanted.items()
+    if getattr(thought, name) != value
+  ]
 
 
 def reward_faults(goal: ObjectiveConfig, thought: ThoughtConfig, data) -> list[str]:

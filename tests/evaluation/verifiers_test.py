@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from thinking_lm import config as config_lib
 from thinking_lm import experiment
 from thinking_lm.data import verdicts
 from thinking_lm.data.rows import assemble
 from thinking_lm.errors import ConfigError
 from thinking_lm.evaluation import verifiers
 from thinking_lm.model.generate import Sampling
+from thinking_lm.types import Carried
 
 KEY = jax.random.key(5, impl="threefry2x32")
 LINES = [verdicts.Line(b"p=", b"1", True), *[verdicts.Line(b"q=", c, c == b"5") for c in (b"4", b"4", b"5")]]
@@ -102,3 +104,41 @@ def test_thinking_before_an_answer_needs_one():
     experiment.parse(values)
   values.data.task.name = "last_letter"
   experiment.parse(values)
+
+
+def test_a_discriminative_verifier_is_a_head_on_the_last_state_with_binary_cross_entropy(made):
+  """Score and loss from the decoder's own states, for questions of several lengths."""
+  values = config_lib.to_config_dict(made[0].config)
+  values.data.verdicts.label, values.thought.length = True, 0
+  subject = experiment.build(experiment.parse(values))
+  params = jax.jit(subject.init)(jax.random.key(1))
+  params["heads"]["verdict"] = dict(weight=jnp.linspace(-1.0, 1.0, 16), bias=jnp.array([0.3]))
+  decoder, odds = subject.model.bind(params), []
+  questions = [verdicts.question(line.prompt, line.candidate) for line in LINES]
+  for question in questions:
+    tokens = jnp.array([[[256, *question]]])
+    causal = jnp.tril(jnp.ones((tokens.size, tokens.size), bool))[None, None]
+    hidden = decoder(decoder.embed(tokens), jnp.arange(tokens.size)[None, None], causal)[0]
+    odds.append(float(hidden[0, 0, -1] @ np.linspace(-1, 1, 16) + 0.3))
+  scores_XK = verifiers.Scorer(subject, 3)(params, questions, KEY, 1)
+  np.testing.assert_allclose(scores_XK[:, 0], 1 / (1 + np.exp(-np.array(odds))), rtol=1e-4)
+  rows = verdicts.examples(LINES, subject.config.data.verdicts, subject.data.tokenizer, train=True)
+  batch = assemble(
+    [(row.tokens, row.targets, row.weights) for row in rows], 32, np.arange(4, dtype=np.uint32), subject.data.vocabulary
+  )
+  loss, metrics = subject.loss_fn(params, jax.tree.map(jnp.asarray, batch), KEY, Carried())
+  signed = np.where([line.correct for line in LINES], odds, -np.array(odds))
+  assert float(loss) == pytest.approx(np.log1p(np.exp(-signed)).sum(), rel=1e-4)
+  assert float(metrics["accuracy"]) == pytest.approx(np.mean(signed > 0)) and float(metrics["loss"].count) == 4
+
+
+def test_a_label_has_no_words(made):
+  values = config_lib.to_config_dict(made[0].config)
+  values.data.verdicts.update(label=True, solutions=0.5)
+  values.thought.update(report=1, lookahead=0)
+  with pytest.raises(ConfigError) as caught:
+    experiment.parse(values)
+  assert any("label has no words to learn" in line for line in caught.value.faults)
+  values.data.verdicts.solutions = 0.0
+  with pytest.raises(ConfigError, match=r"it needs thought\.report 0, got 1"):
+    experiment.parse(values)

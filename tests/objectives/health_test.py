@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.objectives import bandit
 from thinking_lm import config as config_lib
 from thinking_lm.objectives import health
 from thinking_lm.objectives.health import SIGNS, HealthConfig, History, rules, signs
+from thinking_lm.objectives.objective import ObjectiveConfig, objective
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.training.alarms import Watch
 from thinking_lm.types import Thoughts, Trace
@@ -96,6 +98,7 @@ def test_latents_that_stand_still_have_cosine_one(length):
 HEALTHY = dict(
   think_entropy=2.0, empty_thoughts=0.1, full_thoughts=0.3, repeated_tokens=0.1, successive_cosine=0.5, flat_groups=0.2,
   kl=0.01, nll_grad_norm=1.0, score_grad_norm=0.5, sampler_mismatch=1e-6, effect_none=0.2, reward=-2.0,
+  length_reward=0.1,
 )  # fmt: skip
 FAILURES = dict(
   entropy_low=dict(think_entropy=0.5),
@@ -106,6 +109,7 @@ FAILURES = dict(
   repeated=dict(repeated_tokens=0.95),
   alike=dict(successive_cosine=0.9995),
   flat=dict(flat_groups=0.95),
+  lengthy=dict(length_reward=0.95),
   drift=dict(kl=0.2),
   gradients=dict(score_grad_norm=1e-4),
   mismatch=dict(sampler_mismatch=1e-3),
@@ -138,6 +142,17 @@ def test_all_rules_are_tested_and_each_can_be_switched_off():
 
 
 ALWAYS = {"mismatch", "entropy_uniform"}
+
+
+@pytest.mark.parametrize("slope,expected", [(1.0, 1.0), (-0.5, -1.0), (0.0, 0.0)])
+def test_pay_for_length_is_a_correlation(slope, expected):
+  """Of groups in which both vary; the others do not count."""
+  trace = bandit.trace(bandit.parameters(), bandit.groups(2))
+  used = np.random.default_rng(0).integers(5, size=trace.used_BGN.shape)
+  config = ObjectiveConfig(score_weight=1.0, advantage="leave_one_out")
+  told = objective(config, trace.replace(used_BGN=jnp.asarray(used), outcome_BGN=jnp.asarray(slope * used)))[1]
+  found, differ = told["length_reward"], (used[:, 0] != used[:, 1]) & (slope != 0)
+  assert float(found) == pytest.approx(expected, abs=1e-5) and float(found.count) == np.sum(differ)
 
 
 def test_a_reward_that_rises_with_an_effect_is_fine_and_so_is_no_effect_without_reward():

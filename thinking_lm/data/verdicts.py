@@ -6,7 +6,8 @@ out as border, prompt, candidate, question | verdict, where only what is behind 
 (Zhang et al. 2024, arXiv:2408.15240): the verifier is a language model that says Yes or No. `verdicts.rationale` puts
 the line's written rationale between question and verdict, to be learned as text (their CoT variant); a thought is the
 other way to reason before the verdict. `verdicts.solutions` mixes in, for each line with a right candidate, the plain
-solution with that weight (their lambda).
+solution with that weight (their lambda). With `verdicts.label` it is their control, the discriminative verifier: the
+question alone, at whose last token a head says how sure the model is, by binary cross-entropy.
 """
 
 import dataclasses
@@ -32,6 +33,15 @@ class VerdictConfig:
 
   solutions: float = config.option(0.0, "weight of a right candidate as a solution to learn (GenRM's lambda)", low=0)
   rationale: bool = config.option(False, "the line's written rationale comes before the verdict, and is learned")
+  label: bool = config.option(
+    False, "the verdict is a label that a scalar head gives, no word: a discriminative verifier"
+  )
+
+  def faults(self) -> list[str]:
+    """Rules across fields."""
+    if self.label and (self.solutions or self.rationale):
+      return ["label has no words to learn: set solutions to 0 and rationale to false"]
+    return []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +100,22 @@ def example(tokenizer: Tokenizer, prompt: bytes, answer: bytes, weight: float = 
   return Example(np.concatenate([border, text]), np.concatenate([text, border]), weights, prompt, answer)
 
 
+def labelled(tokenizer: Tokenizer, asked: bytes, correct: bool) -> Example:
+  """A question whose last token has the label 1 or 0 as its target, the only one of weight."""
+  border = np.array([tokenizer.vocabulary.document], np.int32)
+  tokens = np.concatenate([border, np.asarray(tokenizer.encode(asked), np.int32)])
+  last = np.arange(len(tokens)) == len(tokens) - 1
+  return Example(tokens, np.int32(last * correct), np.float32(last), asked, YES if correct else NO)
+
+
 def examples(lines: Sequence[Line], options: VerdictConfig, tokenizer: Tokenizer, train: bool) -> list[Example]:
   """Verdicts; for training also solutions, each right after the verdict on it."""
   found = []
   for line in lines:
     verdict = YES if line.correct else NO
-    if options.rationale:
+    if options.label:
+      found.append(labelled(tokenizer, question(line.prompt, line.candidate), line.correct))
+    elif options.rationale:
       head = line.prompt + line.candidate + REASON
       found.append(example(tokenizer, head, line.rationale + QUESTION + verdict))
     else:
@@ -162,5 +182,7 @@ def build(data, tokenizer: Tokenizer) -> VerdictTask:
   for split in own:
     parts[split] = read(getattr(data, f"{split}_input"), f"data.{split}_input")
   return VerdictTask(
-    {split: examples(part, data.verdicts, tokenizer, split == "train") for split, part in parts.items()}, tokenizer
+    {split: examples(part, data.verdicts, tokenizer, split == "train") for split, part in parts.items()},
+    tokenizer,
+    tagging=data.verdicts.label,
   )

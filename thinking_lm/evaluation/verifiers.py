@@ -1,7 +1,8 @@
 """A model as a verifier: how sure it is that a candidate is right, and what choosing by that is worth.
 
 The score of a candidate is p(Yes) / (p(Yes) + p(No)) after the question, both as whole words to the end of the
-document, as the mean over K thoughts (or K written rationales); GenRM, Zhang et al. 2024, arXiv:2408.15240.
+document, as the mean over K thoughts (or K written rationales); GenRM, Zhang et al. 2024, arXiv:2408.15240. Of a
+discriminative verifier (data.verdicts.label) it is the sigmoid of its head.
 """
 
 import dataclasses
@@ -51,9 +52,11 @@ class Scorer:
 
   def _batches(self, questions) -> Iterator[tuple[int, Any]]:
     data = self._subject.data
-    made = [
-      [verdicts.example(data.tokenizer, each, word) for word in (verdicts.YES, verdicts.NO)] for each in questions
-    ]
+    if self._subject.config.data.verdicts.label:
+      made = [[verdicts.labelled(data.tokenizer, each, correct) for correct in (True, False)] for each in questions]
+    else:
+      words = (verdicts.YES, verdicts.NO)
+      made = [[verdicts.example(data.tokenizer, each, word) for word in words] for each in questions]
     longest = max((len(row.tokens) for pair in made for row in pair), default=0)
     length = -(-longest // MULTIPLE) * MULTIPLE
     for first in range(0, len(made), self._size):

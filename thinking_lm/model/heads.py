@@ -38,10 +38,13 @@ class Pair(nnx.Module):
     return self.out(jax.nn.relu(sum(mixed)))
 
 
-HEADS: dict[str, Callable[[int, nnx.Rngs], nnx.Module]] = dict(value=Scalar, mix=Pair, halt=Scalar, router=Scalar)
+HEADS: dict[str, Callable[[int, nnx.Rngs], nnx.Module]] = dict(
+  value=Scalar, mix=Pair, halt=Scalar, router=Scalar, verdict=Scalar
+)
 """name -> the module.
 
 value: the reward that is expected of a thought, read off its anchor's hidden state. mix: log-odds of trusting the
 prediction after a thought, of the hidden states without it and with it. halt: log-odds that a thought ends at a state.
-router: log-odds that there is a thought at all, of its anchor's hidden state.
+router: log-odds that there is a thought at all, of its anchor's hidden state. verdict: log-odds of the label 1 against
+0; in a model with this head it predicts the targets, and not the language-model head.
 """

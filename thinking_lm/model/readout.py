@@ -40,8 +40,12 @@ def mixed_logp(decoder, config, base_BXD, hidden_BXD, targets_BX):
 def target_logp(decoder, hidden_BXD, targets_BX):
   """(log p(target), no token is likelier than the target, log p(the likeliest)) of each hidden state, shape [B, ...].
 
-  float32 nats, bool, and nats again.
+  float32 nats, bool, and nats again. Of a model with a verdict head, targets are labels: log p(1) = log sigma(x).
   """
+  if "verdict" in decoder.heads:
+    x_BX = decoder.heads["verdict"](hidden_BXD)
+    for_BX = jnp.where(targets_BX == 1, x_BX, -x_BX)
+    return jax.nn.log_sigmoid(for_BX), for_BX > 0, jax.nn.log_sigmoid(jnp.abs(x_BX))
   return _chunked(lambda hidden, targets: _score(decoder.logits(hidden), targets), hidden_BXD, targets_BX)
 
 

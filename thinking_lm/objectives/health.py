@@ -36,6 +36,7 @@ class HealthConfig:
   repeated: float = option(0.9, "warn: share of think tokens that repeat the one before", low=0, high=1)
   alike: float = option(0.999, "warn: cosine of successive continuous thoughts", low=0, high=1)
   flat: float = option(0.9, "warn: share of groups whose samples are all paid the same", low=0, high=1)
+  lengthy: float = option(0.9, "warn: correlation of think tokens and reward within a group", low=0, high=1)
   drift: float = option(10.0, "warn: KL to the reference above so many times its median so far", low=0)
   gradients: float = option(1e3, "warn: one term's gradient norm is so many times the other's", low=0)
   mismatch: float = option(0.0, "warn: sampler and learner differ by so many nats; 0: 1e-4, or 0.05 in bfloat16", low=0)
@@ -223,6 +224,13 @@ def rules(config: HealthConfig, vocabulary_size: int, half_precision: bool, poli
     ),
     full=Rule(
       ("full_thoughts",), value("full_thoughts"), None, c.full or None, "thoughts hit the cap: raise the price"
+    ),
+    lengthy=Rule(
+      ("length_reward",),
+      value("length_reward"),
+      None,
+      c.lengthy or None,
+      "thoughts are paid for length: raise the price",
     ),
     repeated=Rule(("repeated_tokens",), value("repeated_tokens"), None, c.repeated or None, "one token is repeated"),
     alike=Rule(("successive_cosine",), value("successive_cosine"), None, c.alike or None, "thoughts stand still"),

@@ -172,7 +172,8 @@ def _score(config, trace, beside, extra):
 
   The share is that of the row's groups which the advantage keeps: rows are never split between devices or
   micro-batches, so that the counts of a global batch add up. Metrics: reward, its reward_std within a group, the share
-  of flat_groups (whose thoughts are all paid the same, see `varied`), advantage_abs; with a value head value_explained,
+  of flat_groups (whose thoughts are all paid the same, see `varied`), advantage_abs; length_reward, the correlation of
+  think tokens and reward within a group, where both vary; with a value head value_explained,
   1 - its squared error / that of the running mean of rewards (1 is perfect, 0 no better than that mean).
   """
   member, (B, G, N) = ADVANTAGES[config.advantage], trace.outcome_BGN.shape
@@ -196,6 +197,7 @@ def _score(config, trace, beside, extra):
     reward_std=Mean.of(reward_BGN.std(axis=1), trace.valid_BN),
     flat_groups=Mean.of(~varied(reward_BGN), trace.valid_BN),
     advantage_abs=Mean.of(jnp.abs(advantage_BGN), valid_BGN),
+    length_reward=_correlation(trace.used_BGN.astype(jnp.float32), reward_BGN, trace.valid_BN),
   )
   if member.baseline and BASELINES[member.baseline].head:
     error_BGN = jnp.square(trace.value_BGN - reward_BGN) * valid_BGN
@@ -203,6 +205,15 @@ def _score(config, trace, beside, extra):
     loss += config.value_weight * jnp.sum(error_BGN) / G
     told |= dict(value_explained=Mean(jnp.sum(plain_BGN - error_BGN), jnp.sum(plain_BGN)))
   return loss, share_B, told | moved
+
+
+def _correlation(a_BGN, b_BGN, valid_BN) -> Mean:
+  """Of two numbers within a group; the mean over groups in which both vary."""
+  away = lambda x_BGN: x_BGN - x_BGN.mean(axis=1, keepdims=True)
+  a, b = away(a_BGN), away(b_BGN)
+  scale_BN = jnp.sqrt(jnp.sum(a**2, axis=1) * jnp.sum(b**2, axis=1))
+  both_BN = valid_BN & varied(a_BGN) & varied(b_BGN)
+  return Mean.of(jnp.where(both_BN, jnp.sum(a * b, axis=1) / jnp.where(both_BN, scale_BN, 1.0), 0.0), both_BN)
 
 
 def _likelihood(config, trace, beside, advantage_BGN):
