@@ -107,6 +107,7 @@ RECIPES = dict(
     "thought.length": 1,
     "thought.placement": "every",
     "thought.rotary": "anchor",
+    "thought.iterations": 3,
   },
   cot2={"thought.kind": "soft", "thought.length": 4, "thought.rotary": "advance"},
   catch_your_breath={

@@ -74,7 +74,7 @@ def size_faults(goal: ObjectiveConfig, thought: ThoughtConfig, data) -> list[str
 def mesh_faults(sequence: int, thought: ThoughtConfig) -> list[str]:
   """Thoughts that a mesh with so many devices along a row would wait for: they are made one slot after another."""
   kind = thought.kind_of
-  scored = not kind.serial or (kind.policy and thought.rescore)
+  scored = not thought.serial or (kind.policy and thought.rescore)
   if sequence in (0, 1) or not thought.length or thought.topology == "private" or scored:
     return []
   return [

@@ -225,6 +225,8 @@ class Trace:
     None for kinds without a policy.
   value_BGN: the reward that the value head expects of the thought, from its anchor's hidden state, through which no
     gradient flows; None without that head.
+  residual_BGN: of thoughts made by parallel iterations, how much their think tokens would change in one more, relative
+    to their norm; None for others.
   """
 
   logp_BGT: jax.Array
@@ -257,6 +259,7 @@ class Trace:
   token_logp_BGNJ: jax.Array | None = None
   chosen_BGNJ: jax.Array | None = None
   value_BGN: jax.Array | None = None
+  residual_BGN: jax.Array | None = None
 
 
 @struct.dataclass

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -128,3 +129,15 @@ def test_the_peak_is_of_devices_that_the_table_knows():
   Device = collections.namedtuple("Device", "device_kind")
   assert chips.peak([Device("TPU v5 lite")] * 2) == 2 * chips.CHIPS["v5e"].flops
   assert chips.peak(jax.devices()) == chips.peak([Device("TPU v5 lite"), Device("cpu")]) == 0.0
+
+
+def test_parallel_iterations_are_passes_over_all_slots():
+  one = ThoughtConfig(kind="soft", length=2, iterations=1)
+  row = functools.partial(ledger, CONFIG, V, T=T, aligned=0)
+  once, forward = row(thought=one, gradient=True), row(thought=one, gradient=False)
+  layers = once.base + once.think
+  three, last = (row(thought=dataclasses.replace(one, iterations=3, through=k), gradient=True) for k in (0, 1))
+  make = forward.draw
+  assert make == T * 2 * 4.0 * CONFIG.width * (V + 3) and forward.total == layers + once.readout + make
+  assert three.forward == forward.total + 2 * (layers + make)
+  assert three.backward - once.backward == 2 * 2 * (layers + make) and last.backward == once.backward

@@ -37,6 +37,7 @@ def evaluation(**changes):
     real_tokens=6,
     think_tokens=12,
     dropped=0,
+    residual=None,
     seconds=dict(own=(1.0, 0.5)),
   )
   return Evaluation(**(fields | changes))
@@ -90,6 +91,9 @@ def test_the_table_is_aligned_and_says_everything():
   assert lines[-1] == "moved left out: no thought has a donor"
   crowded = table(summarise(evaluation(dropped=2), tagging=True, task=True))
   assert crowded.endswith("2 thoughts found no room in their rows and are left out: see thought.room")
+  assert (
+    table(summarise(evaluation(residual=0.25), tagging=True, task=True)).splitlines()[-1].startswith("residual 2.50")
+  )
   assert "accuracy at" not in table(summarise(evaluation(), tagging=True, task=True))
 
 

@@ -24,8 +24,9 @@ class Ledger:
 
   base: layers over the real tokens. think: layers over think slots and look-ahead. readout: the head, for targets and
   for the log-probabilities of drawn thoughts. draw: making think tokens (logits and mixtures), and for persistent
-  rescored kinds the whole drawing pass. backward: the gradient, with what remat "full", the head and `model.replay`
-  compute again (not the attention scores that "dots" recomputes); 0 for a forward pass.
+  rescored kinds the whole drawing pass, for parallel iterations all passes but the last. backward: the gradient, with
+  what remat "full", the head and `model.replay` compute again (not the attention scores that "dots" recomputes); 0 for
+  a forward pass.
   """
 
   base: float
@@ -102,6 +103,8 @@ def ledger(
     readout += G * N * n * (head if kind.discrete else 2 * head)  # a density needs the mixture's mean as well
   if given or not kind.serial:
     return _with_backward(Ledger(base, parallel, readout, 0.0), model, gradient, 0.0, queries)
+  if thought.iterations:
+    return _iterated(Ledger(base, parallel, readout, 0.0), G * N * n * per_token, thought, model, gradient, queries)
   draw = makes * per_token
   if kind.policy and thought.rescore and thought.topology == "private":
     drawn = Ledger(base, serial + ahead, readout, draw)
@@ -166,6 +169,21 @@ def _persistent(model: ModelConfig, thought: ThoughtConfig, T: int, N: int, alig
     heads=G * T,
     queries=G * S,
   )
+
+
+def _iterated(
+  once: Ledger, make: float, thought: ThoughtConfig, model: ModelConfig, gradient: bool, queries: float
+) -> Ledger:
+  """Parallel passes: all but the last one make think tokens, of `make` FLOPs a pass, and the residual does so again."""
+  layers, passes = once.base + once.think, thought.iterations
+  forward = dataclasses.replace(once, draw=(passes - 1) * layers + passes * make)
+  if not gradient:
+    return forward
+  through = thought.through or passes
+  backward = 2 * (through * layers + (through - 1) * make) + 3 * once.readout
+  if model.remat == "full":
+    backward += through * _again(model, layers, queries)
+  return dataclasses.replace(forward, backward=backward)
 
 
 def _again(model: ModelConfig, layers: float, queries: float) -> float:
@@ -252,6 +270,8 @@ def slots(thought: ThoughtConfig, T: int, aligned: int) -> tuple[int, int]:
     rows, parallel, serial = T + G * N * (J + thought.lookahead - 1), 2, 1 + J + (thought.lookahead > 1)
   else:
     rows, parallel, serial = G * R * (C + J), 1, R * (1 + J)
+  if thought.iterations:
+    return rows * thought.iterations, thought.iterations
   if not kind.serial:
     return rows, parallel
   if kind.policy and thought.rescore and thought.topology == "persistent":

@@ -70,8 +70,8 @@ class Evaluation:
 
   ids_R: row of the split. arms: control -> Arm, the reference first. draws: K -> Draws. omitted: what was asked for and
   could not be had -> why. calibration: of the reference. generated: task score of each generated answer, or None.
-  anchors: how many thoughts there are, and dropped how many found no room. seconds: part -> (of the first batch, which
-  compiles; of all others).
+  anchors: how many thoughts there are, and dropped how many found no room. residual: of parallel iterations, as in
+  `objective.describe`; None for others. seconds: part -> (of the first batch, which compiles; of all others).
   """
 
   split: str
@@ -85,6 +85,7 @@ class Evaluation:
   real_tokens: int
   think_tokens: int
   dropped: int
+  residual: float | None
   seconds: Mapping[str, tuple[float, float]]
 
   @property
@@ -143,12 +144,13 @@ class Runner:
     return before, np.zeros(trace.valid_BN.shape[1], bool)
 
   def _think(self, params, batch, key, before, before_N):
-    """(Source, what the next batch has before it, think tokens used, thoughts that had no room)."""
+    """(Source, what the next batch has before it, think tokens used, thoughts that had no room, sum of residuals)."""
     trace = self.subject.rollout(params, batch, jax.random.fold_in(key, 0), thought=self.thought)
     decoder = self.subject.model.bind(params)
     source = Source(trace.thoughts, trace.valid_BN, decoder.embed(decoder.pause), before, before_N)
     dropped = 0 if trace.dropped_B is None else trace.dropped_B.sum()
-    return source, latest(source), trace.used_BGN.sum(), dropped
+    residual = 0 if trace.residual_BGN is None else (trace.residual_BGN[:, 0] * trace.valid_BN).sum()
+    return source, latest(source), trace.used_BGN.sum(), dropped, residual
 
   def _turn(self, control):
     def turn(params, batch, source):
@@ -219,6 +221,7 @@ class Collector:
     self._calibration: list[Calibration] = []
     self._before = None
     self._anchors = self._real = self._think = self._dropped = 0
+    self._residual = 0.0
     self._seconds: dict[str, list[float]] = {}
 
   def _timed(self, part: str, function, *arguments):
@@ -235,10 +238,11 @@ class Collector:
     source = None
     if self._runner.thought.length:
       before = self._before or self._runner.first(params, batch)
-      source, after, used, dropped = self._timed("thinking", self._runner.think, params, batch, key, *before)
+      source, after, used, dropped, residual = self._timed("thinking", self._runner.think, params, batch, key, *before)
       self._before = jax.device_get(after)  # on the host: a later batch then compiles nothing new
       self._think += int(used)
       self._dropped += int(dropped)
+      self._residual += float(residual)
       self._anchors += int(source.valid_BN.sum())
     asked_BT = asked(self._data, self._split, host)
     reference = None
@@ -289,6 +293,7 @@ class Collector:
       real_tokens=self._real,
       think_tokens=self._think,
       dropped=self._dropped,
+      residual=self._residual / max(self._anchors, 1) if self._runner.thought.iterations else None,
       seconds={part: (seconds[0], sum(seconds[1:])) for part, seconds in self._seconds.items()},
     )
 

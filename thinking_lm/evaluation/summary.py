@@ -31,6 +31,7 @@ def summarise(found: Evaluation, tagging: bool, task: bool) -> dict[str, Any]:
     rows=len(found.ids_R),
     thoughts=found.anchors,
     thoughts_dropped=found.dropped,
+    residual=found.residual,
     real_tokens=found.real_tokens,
     think_tokens=found.think_tokens,
     intervals=INTERVALS,
@@ -139,6 +140,11 @@ def table(summary: Mapping[str, Any], positions: bool = False) -> str:
   if summary["thoughts_dropped"]:
     notes.append(
       f"{summary['thoughts_dropped']} thoughts found no room in their rows and are left out: see thought.room"
+    )
+  if summary["residual"] is not None:
+    notes.append(
+      f"residual {summary['residual']:.2e}: what one more parallel iteration would still change in a thought, as a "
+      "share of its norm"
     )
   return "\n\n".join([*blocks, "\n".join(notes)] if notes else blocks)
 

@@ -3,7 +3,7 @@
 Two ways through the same decoder call. *Serially*: a scan over blocks of real tokens and think steps, where each think
 token is made from the hidden state before it; gradients flow through the whole chain. *In parallel*: when all think
 tokens are known (pause thoughts, drawn thoughts that are scored, thoughts that an evaluation puts in place of others)
-one pass over all slots gives the same numbers.
+one pass over all slots gives the same numbers; when they are guessed, several passes come near (`model/jacobi.py`).
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from thinking_lm.model import behind, replay
 from thinking_lm.model.decoder import Model, Seen
+from thinking_lm.model.jacobi import stream_iterated
 from thinking_lm.model.readout import mixed_logp, policy, several_logp, target_logp, token_policy, weight
 from thinking_lm.model.serial import stream_serial
 from thinking_lm.model.thinking import empty_cache, think
@@ -93,7 +94,7 @@ def _persistent(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trac
   stream = topology.persistent(rows, row_layout, J, config.rotary)
   keys_BN = None if keys_BGN is None else merge(keys_BGN)
   given = None if given is None else jax.tree.map(merge, given)
-  hidden_BSD, thoughts, stream = _stream(decoder, drawer, config, rows, stream, keys_BN, row_layout, given)
+  hidden_BSD, thoughts, stream, residual = _stream(decoder, drawer, config, rows, stream, keys_BN, row_layout, given)
 
   think_BX = (stream.thought_BN[..., None] + jnp.arange(J)).reshape(B * G, N * J)
   think_BNJD = _gather(hidden_BSD, think_BX).reshape(B * G, N, J, hidden_BSD.shape[-1])
@@ -112,6 +113,7 @@ def _persistent(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trac
   return trace.replace(
     unit_BN=unit_BN,
     unit_BT=unit_BT,
+    residual_BGN=None if residual is None else split(residual),
     free_BT=jnp.where(unit_BT < N, 0, batch.weights_BT),
     outcome_hit_BGN=missed_BGN == 0,
     top_logp_BGT=split(top_BT),
@@ -120,25 +122,32 @@ def _persistent(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trac
 
 
 def _stream(decoder, drawer, config, rows, stream, keys_BN, layout, given):
-  """(hidden_BSD of all slots, Thoughts [B, N, ...], the stream with the ends of its thoughts)."""
+  """(hidden_BSD of all slots, Thoughts [B, N, ...], the stream with the ends of its thoughts, residual_BN or None)."""
   x_BSD = decoder.embed(topology.take(rows.tokens_BT, stream.token_BS, 0))
-  B, _, D = x_BSD.shape
+  B, S, D = x_BSD.shape
+
+  def parallel(decoder, x_BSD, given):
+    slots_BXD = _wrap(decoder, config, given).reshape(B, -1, D)
+    index_BS = stream.anchor_BS * config.slots + stream.step_S
+    x_BSD = jnp.where(stream.step_S[:, None] < 0, x_BSD, _gather(slots_BXD, jnp.maximum(index_BS, 0)))
+    mask = topology.sees(stream.segments_BS, stream.segments_BS, jnp.arange(S), jnp.arange(S))
+    return decoder(x_BSD[:, None], stream.positions_BS[:, None], mask)[0][:, 0]
+
+  if given is None and config.length and config.iterations:
+    hidden_BSD, thoughts, residual_BN = stream_iterated(decoder, config, stream, layout, x_BSD, parallel)
+    return hidden_BSD, thoughts, topology.end(stream, behind.last(decoder, config, thoughts)), residual_BN
   if given is None and drawer is not None:
     drawn = stream_serial(drawer, config, stream, jax.lax.stop_gradient(x_BSD), keys_BN, layout)[1]
     given = actions(decoder, config, drawn)
   if given is None and config.length:
-    return stream_serial(decoder, config, stream, x_BSD, keys_BN, layout)[:3]
+    return *stream_serial(decoder, config, stream, x_BSD, keys_BN, layout)[:3], None
   if given is None:
     N = layout.anchors_BN.shape[1]
     given = Thoughts(jnp.zeros((B, N, 0, D)), jnp.zeros((B, N, 0), jnp.int32))
-  else:
-    stream = topology.end(stream, behind.last(decoder, config, given))
-    slots_BXD = _wrap(decoder, config, given).reshape(B, -1, D)
-    index_BS = stream.anchor_BS * config.slots + stream.step_S
-    x_BSD = jnp.where(stream.step_S[:, None] < 0, x_BSD, _gather(slots_BXD, jnp.maximum(index_BS, 0)))
-  slot_S = jnp.arange(x_BSD.shape[1])
-  mask = topology.sees(stream.segments_BS, stream.segments_BS, slot_S, slot_S)
-  return decoder(x_BSD[:, None], stream.positions_BS[:, None], mask)[0][:, 0], given, stream
+    mask = topology.sees(stream.segments_BS, stream.segments_BS, jnp.arange(S), jnp.arange(S))
+    return decoder(x_BSD[:, None], stream.positions_BS[:, None], mask)[0][:, 0], given, stream, None
+  stream = topology.end(stream, behind.last(decoder, config, given))
+  return parallel(decoder, x_BSD, given), given, stream, None
 
 
 def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:

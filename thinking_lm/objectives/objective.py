@@ -246,6 +246,7 @@ def describe(trace: Trace) -> dict[str, Mean]:
   effective_samples: of a group, 1 / sum_g w_g^2 with w = softmax_g log p(y | x, z_g), the weights of bound M.
   brier_report: the Brier score of what thoughts report, where they do. answer_match: of sampled answers, those that
   begin what came, see `rewards.prefix_match`.
+  residual: of parallel iterations, how much of its norm a thought would still change in one more; 0 is exact.
   """
   trace = jax.lax.stop_gradient(trace)
   valid_BGN = jnp.broadcast_to(trace.valid_BN[:, None], trace.used_BGN.shape)
@@ -274,6 +275,8 @@ def describe(trace: Trace) -> dict[str, Mean]:
     for low in range(MIX_BINS):
       inside_BGN = jnp.minimum(jnp.floor(trace.mix_BGN * MIX_BINS), MIX_BINS - 1) == low
       found[f"mix_weight_{low}of{MIX_BINS}"] = Mean.of(inside_BGN, valid_BGN)
+  if trace.residual_BGN is not None:
+    found["residual"] = Mean.of(trace.residual_BGN, valid_BGN)
   if trace.dropped_B is not None:
     found["thoughts_dropped"] = Mean.of(trace.dropped_B, jnp.ones(trace.dropped_B.shape))
   return found

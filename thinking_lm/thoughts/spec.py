@@ -63,6 +63,13 @@ class ThoughtConfig:
   answer: int = option(
     0, "private, sampled or noisy: real tokens that are drawn behind a thought, for a reward to judge; 0: none", low=0
   )
+  iterations: int = option(
+    0,
+    "latent, soft in the context: train on so many parallel passes, an approximation (model/jacobi.py); 0 thinks one "
+    "token after another, exactly, as decoding always does",
+    low=0,
+  )
+  through: int = option(0, "iterations: passes that gradients flow through, the last ones; 0: all", low=0)
   samples: int = option(1, "G thoughts drawn per anchor (private) or streams per row (persistent)", low=1)
   lookahead: int = option(1, "m real tokens that make a thought's outcome; 0 is the rest of the document", low=0)
   rescore: bool = option(
@@ -110,7 +117,7 @@ class ThoughtConfig:
       found.append("mixing needs topology 'private': with 'persistent' there is no prediction without thoughts")
     if self.length and self.delimiters and self.halting in HALTING and HALTING[self.halting].odds:
       found.append(f"halting {self.halting!r} ends a thought at a state, without a STOP: set delimiters to false")
-    found += self._report_faults() + self._answer_faults()
+    found += self._report_faults() + self._answer_faults() + self._iteration_faults()
     if self.length and self.placement == "none":
       found.append("placement 'none' never thinks; set length 0 or another placement")
     return found
@@ -138,6 +145,24 @@ class ThoughtConfig:
       needs = ", ".join(f"{name} {value!r}" for name, value in wanted.items())
       return [f"relaxation needs {needs} and a temperature above 0, got {got or 'temperature 0'}"]
     return ["relaxation must be 0 or at least 0.001"] if self.relaxation < 1e-3 else []
+
+  def _iteration_faults(self) -> list[str]:
+    """Of thoughts that parallel passes would approximate."""
+    if self.through > self.iterations:
+      return [f"through {self.through} of {self.iterations} iterations: there are not so many passes"]
+    if not self.iterations or not self.length:
+      return []
+    found, kind = [], KINDS.get(self.kind)
+    if kind and (kind.stochastic or not kind.serial):
+      found.append(
+        f"iterations guess think tokens that follow from the hidden state before them: kind 'latent' or 'soft', got "
+        f"{self.kind!r}"
+      )
+    if self.topology == "private":
+      found.append("iterations need topology 'persistent': private ones are made side by side anyway")
+    if self.halting in HALTING and self.may_end:
+      found.append(f"iterations need halting 'fixed', got {self.halting!r}: an end would move from pass to pass")
+    return found
 
   def at(self, step) -> "ThoughtConfig":
     """The config at a training step: its temperature there, as a traced number.
@@ -251,6 +276,11 @@ class ThoughtConfig:
     """
     end_X = jnp.full_like(used_X, self.length) if self.learns_end else used_X + self.may_stop
     return jnp.arange(self.length) < end_X[..., None]
+
+  @property
+  def serial(self) -> bool:
+    """Whether a rollout makes think tokens one after another."""
+    return bool(self.length and self.kind_of.serial and not self.iterations)
 
   @property
   def kind_of(self):
