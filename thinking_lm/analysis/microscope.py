@@ -60,6 +60,7 @@ def moments(estimator: Estimator, params: Params, batch: Batch, key, replicates:
   """Moments of `replicates` estimates (rounded up to a multiple of GROUPS), or of one where nothing is drawn."""
   each = -(-replicates // GROUPS) if estimator.draws else 1
 
+  @jax.jit  # traced once, here and in the scan
   def estimate(params, key):
     (_, metrics), grads = jax.value_and_grad(estimator.loss, has_aux=True)(params, batch, key)
     return jax.tree.map(lambda g: -g / jnp.maximum(metrics["loss"].count, 1.0), grads), metrics
@@ -70,8 +71,8 @@ def moments(estimator: Estimator, params: Params, batch: Batch, key, replicates:
       grads, metrics = estimate(params, key)
       return jax.tree.map(jnp.add, total, (grads, jax.tree.map(jnp.square, grads), metrics)), None
 
-    shapes = jax.eval_shape(lambda p: (*[estimate(p, keys[0])[0]] * 2, estimate(p, keys[0])[1]), params)
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    grads, metrics = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(estimate, params, keys[0]))
+    zeros = (grads, grads, metrics)
     sums, squares, metrics = jax.lax.scan(add, zeros, keys)[0]
     return jax.tree.map(lambda a: a / each, (sums, squares)), metrics
 
