@@ -7,7 +7,7 @@ LOCKS = requirements/lock-py311.txt requirements/lock-py312.txt requirements/ins
 # Two workers with one compute thread each. XLA reads NPROC as its number of threads.
 # The workers and the processes they start share one compilation cache.
 PYTEST = NPROC=1 OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache \
-  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
+  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-latest plan lint clean

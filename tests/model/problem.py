@@ -101,12 +101,16 @@ def model(config=TIED) -> Model:
   return Model(config, V)
 
 
-@functools.cache
-def params(config=TIED, seed=0):
-  """Every leaf is moved off its initial value, so that no scale is 1 and no map the identity."""
-  leaves, tree = jax.tree.flatten(model(config).init(jax.random.key(seed)))
+def moved(model: Model, by: float, seed=0):
+  """Parameters with every leaf moved off its initial value, so that no scale is 1 and no map the identity."""
+  leaves, tree = jax.tree.flatten(jax.jit(model.init)(jax.random.key(seed)))
   rng = np.random.default_rng(seed)
-  return jax.tree.unflatten(tree, [leaf + 0.25 * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+  return jax.tree.unflatten(tree, [leaf + by * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+
+
+@functools.cache
+def params(config=TIED):
+  return moved(model(config), 0.25)
 
 
 FAST = {"xla_backend_optimization_level": 0}

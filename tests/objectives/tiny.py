@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.model import problem
 from thinking_lm.model.decoder import Model, ModelConfig
 from thinking_lm.model.rollout import rollout
 from thinking_lm.thoughts.spec import ThoughtConfig
@@ -34,10 +35,7 @@ def thought(topology) -> ThoughtConfig:
 
 @functools.cache
 def params():
-  """Every leaf is moved off its initial value, so that thoughts differ."""
-  leaves, tree = jax.tree.flatten(MODEL.init(jax.random.key(0)))
-  rng = np.random.default_rng(0)
-  return jax.tree.unflatten(tree, [leaf + 0.5 * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+  return problem.moved(MODEL, 0.5)
 
 
 def run(topology, params):
