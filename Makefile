@@ -5,7 +5,7 @@ PYENV_312 = $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.12*/bin/pyt
 LOCKS = requirements/lock-py311.txt requirements/lock-py312.txt requirements/install.sh setup.py
 
 # Two workers with one compute thread each. XLA reads NPROC as its number of threads.
-# The workers and the processes they start share one compilation cache.
+# The workers and the processes they start share one compilation cache, which holds the smallest programs too.
 PYTEST = NPROC=1 OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache \
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 

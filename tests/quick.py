@@ -1,4 +1,7 @@
-"""XLA flags under which programs that run for milliseconds do not compile for seconds."""
+"""XLA flags under which programs that run for milliseconds do not compile for seconds.
+
+Every test has them but those of killed programs (`training/harness.py`), which run as XLA compiles them by default.
+"""
 
 import importlib.metadata
 
