@@ -4,8 +4,11 @@ The backward pass recomputes the logits, and large calls go through in chunks, s
 not with positions x samples x vocabulary.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from thinking_lm import sharding
 from thinking_lm.thoughts import report
@@ -94,6 +97,42 @@ def token_policy(decoder, config, hidden_BXD, tokens_BX):
   return _chunked(one, hidden_BXD, tokens_BX)
 
 
+def drawn_policy(decoder, config, hidden_XD, tokens_X, logits_XV):
+  """`policy` of tokens that were drawn from logits which are there: its gradient alone computes them again."""
+  graph, params = nnx.split(decoder)
+  logits_XV = _known_logits(graph, config.may_stop, params, hidden_XD, logits_XV)
+  return log_policy(logits_XV, tokens_X, config.temperature)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _known_logits(graph, stop: bool, params, hidden, logits):
+  """`logits`, as the function of `params` and `hidden` that they are."""
+  del graph, stop, params, hidden
+  return logits
+
+
+def _known_forward(graph, stop, params, hidden, logits):
+  del graph, stop
+  return logits, (params, hidden)
+
+
+def _known_backward(graph, stop, saved, cotangent):
+  return *jax.vjp(lambda params, hidden: nnx.merge(graph, params).logits(hidden, stop=stop), *saved)[1](cotangent), None
+
+
+_known_logits.defvjp(_known_forward, _known_backward)
+
+
+def fits(B: int, X: int) -> bool:
+  """Whether the logits of X states in each of B rows are held at once."""
+  return _chunk(B) >= X
+
+
+def _chunk(B: int) -> int:
+  """States of each of B rows whose logits are held at once."""
+  return max(1, CHUNK * sharding.ways("batch") // B) * sharding.ways("length")
+
+
 def _chunked(function, hidden_BXD, *others):
   """function over the states of all rows, rematerialised, at most CHUNK states of a device at a time.
 
@@ -102,10 +141,10 @@ def _chunked(function, hidden_BXD, *others):
   """
   leading = hidden_BXD.shape[:-1]
   flat = [a.reshape(leading[0], -1, *a.shape[len(leading) :]) for a in (hidden_BXD, *others)]
-  (B, X), ways = flat[0].shape[:2], sharding.ways("length")
-  chunk = max(1, CHUNK * sharding.ways("batch") // B) * ways
+  B, X = flat[0].shape[:2]
+  chunk = _chunk(B)
   function = jax.checkpoint(function)
-  if chunk >= X:
+  if fits(B, X):
     results = function(*(_split(a, 0) for a in flat))
   else:
     pad = lambda a: jnp.pad(a, [(0, 0), (0, -X % chunk)] + [(0, 0)] * (a.ndim - 2))

@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from thinking_lm.model import readout
 from thinking_lm.model.decoder import ACTIVATIONS, DTYPES, Cache, Decoder, Seen
 from thinking_lm.model.layers import MASKED, Keys
 from thinking_lm.model.thinking import think
 from thinking_lm.sharding import constrain
+from thinking_lm.thoughts.tokens import chosen
 
 
 class Pass(NamedTuple):
@@ -37,13 +39,15 @@ class Pass(NamedTuple):
 class Draft(NamedTuple):
   """What drawing leaves in P streams of J slots, written in place one slot at a time.
 
-  k, v: keys and values, as batches of small matrices. inputs: of every layer. end: after the last layer.
+  k, v: keys and values, as batches of small matrices. inputs: of every layer. end: after the last layer. logits: that
+  the n think tokens were drawn from; None where they are no ids, or too many to keep.
   """
 
   k_LBKPJE: jax.Array
   v_LBKPJE: jax.Array
   inputs_LJBPD: jax.Array
   end_JBPD: jax.Array
+  logits_nBPV: jax.Array | None
 
   @property
   def cache(self) -> Cache:
@@ -74,11 +78,23 @@ def draw(decoder: Decoder, config, x_B1TD, gather, positions_BPX, keys_BP, facts
   (B, P, D), J, c = anchor_BPD.shape, config.slots, decoder.config
   L, K, E, dtype = c.layers, c.resolved_kv_heads, c.resolved_head_width, DTYPES[c.compute_dtype]
   empty = lambda *shape: jnp.zeros(shape, dtype)
-  draft = Draft(empty(L, B, K, P, J, E), empty(L, B, K, P, J, E), empty(L, J, B, P, D), empty(J, B, P, D))
+  make, logits_nBPV = None, None
+  if config.kind_of.discrete and not config.report and readout.fits(B, config.length * P):
+    make = functools.partial(_make, decoder, config)
+    logits_nBPV = jnp.zeros((config.length, B, P, decoder.embedding.shape[0]), jnp.float32)
+  draft = Draft(empty(L, B, K, P, J, E), empty(L, B, K, P, J, E), empty(L, J, B, P, D), empty(J, B, P, D), logits_nBPV)
   heads_first = Cache(*(jnp.moveaxis(a[:, :, 0], -2, 2) for a in prefix))
   run = functools.partial(_slot, decoder, heads_first, facts.prefix_BP1T[:, :, 0], positions_BPX)
-  _, thoughts, draft = think(decoder, config, anchor_BPD, None, keys_BP, None, None, run=run, memory=draft)
+  _, thoughts, draft = think(decoder, config, anchor_BPD, None, keys_BP, None, None, run=run, memory=draft, make=make)
   return thoughts, end_B1TD, prefix, base_LB1TD, draft
+
+
+def _make(decoder, config, hidden_BPD, keys_BP, i, progress, draft: Draft):
+  """(input_BPD, token_BP) of think token i, and the draft with the logits that it is drawn from."""
+  del progress  # of reports
+  logits_BPV = decoder.logits(hidden_BPD, stop=config.may_stop)
+  logits_nBPV = jax.lax.dynamic_update_index_in_dim(draft.logits_nBPV, logits_BPV, i, axis=0)
+  return *chosen(decoder, logits_BPV, keys_BP, config), draft._replace(logits_nBPV=logits_nBPV)
 
 
 def _slot(decoder, past: Cache, prefix_BPT, positions_BPX, x_BPD, j, draft: Draft):
@@ -95,7 +111,7 @@ def _slot(decoder, past: Cache, prefix_BPT, positions_BPX, x_BPD, j, draft: Draf
     inputs = jax.lax.dynamic_update_slice(draft.inputs_LJBPD, x[None, None], (number, j, 0, 0, 0))
     own = [jax.lax.dynamic_index_in_dim(a, number, keepdims=False) for a in keys]
     mixed = _attend(q, past, prefix_BPT, Cache(*own), j)
-    return (layer.complete(x, mixed), Draft(*keys, inputs, draft.end_JBPD)), None
+    return (layer.complete(x, mixed), draft._replace(k_LBKPJE=keys[0], v_LBKPJE=keys[1], inputs_LJBPD=inputs)), None
 
   numbers = jnp.arange(decoder.config.layers)
   (x, draft), _ = jax.lax.scan(body, (x_BPD, draft), (numbers, layers, past))

@@ -24,6 +24,7 @@ def think(
   wanted_BP=None,
   run=None,
   memory=None,
+  make=None,
 ):
   """Emits one thought in each of P streams, one slot after the other.
 
@@ -35,6 +36,7 @@ def think(
       which gradients can flow through.
     run, memory: another way to run slot j: (x_BPD, j, memory) -> (hidden_BPD, memory), in place of `positions_BPJ`,
       `past` and `own`.
+    make: another way to make think token i: (hidden_BPD, keys_BP, i, progress, memory) -> (x_BPD, token_BP, memory).
 
   Returns:
     (hidden_BPJD of the think slots, Thoughts [B, P, ...], own cache, or the memory, with the thought in it).
@@ -42,6 +44,8 @@ def think(
   J, n = config.slots, config.length
   if run is None:
     run, memory = cached(decoder, J, hidden_BPD.shape[:2], positions_BPJ, past, own), own.cache
+  if make is None:
+    make = lambda hidden, keys, i, progress, memory: (*emit(decoder, config, hidden, keys, i, progress), memory)
 
   def control(row, j, cache):
     return run(decoder.embed(jnp.full(hidden_BPD.shape[:2], row)), j, cache)
@@ -49,7 +53,7 @@ def think(
   def step(carry, i):
     hidden, cache, progress = carry
     keys = None if keys_BP is None else jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys_BP, i)
-    x, token = emit(decoder, config, hidden, keys, i, progress)
+    x, token, cache = make(hidden, keys, i, progress, cache)
     progress = halting.drawn(decoder, config, progress, token, i)
     hidden, cache = run(x, i + config.opening, cache)
     progress = halting.reached(decoder, config, progress, hidden, i + 1)

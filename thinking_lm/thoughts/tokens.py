@@ -71,7 +71,12 @@ def gumbel(model, hidden_XD, keys_X, config):
 
 def sampled(model, hidden_XD, keys_X, config):
   """A token drawn from softmax(logits / temperature); the most likely one at temperature 0. STOP, if it may halt."""
-  token_X = draw(model.logits(hidden_XD, stop=config.may_stop), keys_X, config.temperature)
+  return chosen(model, model.logits(hidden_XD, stop=config.may_stop), keys_X, config)
+
+
+def chosen(model, logits_XV, keys_X, config):
+  """What `sampled` gives, from the logits of its hidden state."""
+  token_X = draw(logits_XV, keys_X, config.temperature)
   return model.embed(token_X), token_X
 
 
