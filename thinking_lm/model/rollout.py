@@ -169,8 +169,7 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
   if given is None and drawer is not None:
     (base_B1TD, hidden_BPXD), thoughts, prefix, logits_nBPV = _drawn(decoder, drawer, config, *inputs)
   else:
-    (base_B1TD, hidden_BPXD), thoughts, prefix = _made(decoder, config, *inputs, given)
-    logits_nBPV = None
+    (base_B1TD, hidden_BPXD), thoughts, prefix, logits_nBPV = _made(decoder, config, *inputs, given)
   anchor_BPD = anchors(base_B1TD)
   base_logp_BT, base_hit_BT, base_top_BT = target_logp(decoder, base_B1TD[:, 0], batch.targets_BT)
 
@@ -257,11 +256,11 @@ def _drawn(decoder, drawer, config, x_B1TD, anchors, ahead_BPAD, keys_BP, facts)
 
 
 def _made(decoder, config, x_B1TD, anchors, ahead_BPAD, keys_BP, facts, given):
-  """The same for thoughts that are given, or made with gradients through every step."""
+  """The same for thoughts that are given, or made with gradients through every step; no logits are kept."""
   base_B1TD, prefix = decoder(x_B1TD, facts.positions_B1T, facts.mask_B1TT)
   streams = (anchors(base_B1TD), ahead_BPAD, facts.positions_BPX, keys_BP, facts.past(prefix), given)
   hidden_BPXD, thoughts = _side_by_side(decoder, config, *streams)
-  return (base_B1TD, hidden_BPXD), thoughts, prefix
+  return (base_B1TD, hidden_BPXD), thoughts, prefix, None
 
 
 def _side_by_side(decoder, config, anchor_BPD, ahead_BPAD, positions_BPX, keys_BP, past, given):
