@@ -5,10 +5,13 @@ Command: python -m thinking_lm.train --config=configs/bernoulli.py[:RECIPE] --wo
   [--config.objective.scoring=zero_one], then python -m thinking_lm.evaluate --workdir=runs/bernoulli: its table of
   calibration has the ECE of the report.
 Cost: about 0.15 CPU-seconds a step.
-Measured: not run to its end, the ECE of the report is not known. At batch_size 32, steps 300, after 200 of them: Brier
-  score of the reports of one batch, seeds 0 to 2, -0.355, -0.346, -0.365, and with scoring=zero_one on the same batches
-  -0.367, -0.381, -0.402 (expected of the truth -0.340, of "one half" always -0.500). The tables of
-  tests/objectives/scores_test.py show both directions to the end.
+Measured (586701a): ECE of the report, test split of 2,048 rows, seeds 0 to 2: 0.036, 0.028, 0.024, two of three under
+  0.03. Without the entropy bonus and with 600 steps, validation split: 0.021, 0.032, 0.107, and with scoring=zero_one
+  0.057, 0.132, 0.160. There the policy of seed 2 has 0.16 nats a token after 100 steps, nearly nothing left to explore
+  with, and a confidence that is a tenth off costs 0.02 of the Brier score only. The bonus and the steps were chosen on
+  the validation split of seed 2. What is left at seed 0 is the context of p 0.7, said as 0.6 against 1.0 and so 0.63:
+  both confidences would have to move. A likely label named twice, and its rival not at all, is another such place; the
+  ECE of the top label does not see it.
 """
 
 from thinking_lm import experiment, recipes
@@ -27,10 +30,10 @@ def get_config(recipe="verbalised"):
   config.model.width = 32
   config.model.heads = 2
   config.thought.placement = "every"
-  config.train.steps = 600
+  config.train.steps = 1500
   config.train.batch_size = 64
   config.train.log_every = 50
-  config.checkpoint.every = 600
+  config.checkpoint.every = 1500
   config.optimizer.learning_rate = 3e-3
   config.optimizer.schedule = "wsd"
   config.optimizer.warmup_steps = 20
@@ -42,4 +45,5 @@ def get_config(recipe="verbalised"):
     config.objective.price = 0.0
     config.objective.reward = "proper_score"
     config.objective.calibration_weight = 0.0
+    config.objective.entropy_weight = 0.03
   return config
