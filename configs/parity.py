@@ -37,6 +37,7 @@ def get_config(recipe="latent"):
   if config.thought.length and not config.objective.score_weight:  # a policy's recipe has an end of its own
     config.thought.topology = "private"
     config.thought.length = 8
+    config.thought.iterations = 0
     config.thought.halting = "ponder"
     config.objective.halt_weight = 0.01
   return config
