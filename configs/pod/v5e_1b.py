@@ -6,11 +6,11 @@ Command, on every host: python -m thinking_lm.train --config=configs/pod/v5e_1b.
   --config.data.input=gs://B/corpus --config.data.tokenizer=sentencepiece:PATH
 Recipes: none, latent (persistent, n = 4), hybrid (private, n = 16, G = 4).
 Measured: never trained. Training step compiled at XLA O1 by libtpu 0.0.42.1, model code of 1ec0041: none 0.88 GiB of
-  15.75 a device, 0.12 s at best by the roofline; latent 8.66 GiB, 1.5 s, waiting for gathered weights. hybrid: not
-  compiled.
+  15.75 a device, 0.12 s at best by the roofline. Code of 45d8b9c: latent 8.63 GiB, 0.28 s, waiting for memory.
+  hybrid: not compiled.
 Thoughts stand after every 64th token: a serial thought reads all weights once for each of its tokens, so that
 closer ones leave the chips waiting for memory. For the same reason latent splits the weights over `tensor` before
-`fsdp`: what is split over fsdp is gathered again for each of a serial thought's tokens.
+`fsdp`: what fsdp splits is gathered once a segment of the stream, and then every chip reads all of it for each token.
 """
 
 from thinking_lm import experiment, recipes
