@@ -1,14 +1,13 @@
 """Work directories and data in an object store: the commands, on the fake one of `bucket.py`."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
 
-from tests.quick import FLAGS
+from tests import quick
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RUN = (
@@ -35,7 +34,7 @@ def bucket(tmp_path_factory):
 
 def run(bucket, module, *flags, code=0):
   """What a command prints, with the bucket's directory as gs://."""
-  environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=FLAGS)
+  environment = quick.environment()
   environment["XDG_CACHE_HOME"] = environment["HOME"] = str(bucket.parent)  # copies of shards go there
   command = [sys.executable, "-m", "tests.bucket", str(bucket.parent), f"thinking_lm.{module}", *flags]
   ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

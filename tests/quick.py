@@ -4,8 +4,14 @@ Every test has them but those of killed programs (`training/harness.py`), which 
 """
 
 import importlib.metadata
+import os
 
 EMITTERS = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11)
 """Whether XLA still has its older code generator, which takes a third of the time. Unknown flags end the process."""
 
 FLAGS = "--xla_backend_optimization_level=0" + EMITTERS * " --xla_cpu_use_fusion_emitters=false"
+
+
+def environment(**more: str) -> dict[str, str]:
+  """For a command in a process of its own, on one CPU device."""
+  return dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=FLAGS) | more

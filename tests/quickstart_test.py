@@ -1,14 +1,13 @@
 """The quickstart at a size of seconds: its table, plot, sample and second call; and wrong command lines."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
 
-from tests.quick import FLAGS
+from tests import quick
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ARMS = dict(text=("none", "none, equal FLOPs", "latent"), word_problem=("none", "pause", "latent"))
@@ -16,7 +15,7 @@ ARMS = dict(text=("none", "none, equal FLOPs", "latent"), word_problem=("none", 
 
 def run(module, cwd, *arguments):
   """A command in a process of its own; nothing is asked of speed."""
-  environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=FLAGS)
+  environment = quick.environment()
   environment["PYTHONPATH"] = str(ROOT)
   command = [sys.executable, "-m", module, *arguments]
   return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)

@@ -145,7 +145,7 @@ class Experiment:
     return place(batch, thought, self.data.vocabulary, self.data.aligned)
 
   def rollout(self, params: Params, batch: Batch, key, given=None, thought=None, layout: Layout | None = None) -> Trace:
-    """Places, if nobody did, and thinks, as the config says unless told otherwise; see `rollout.rollout`."""
+    """Thinks where `layout` or else `place` says, as a ThoughtConfig or else the config says; see `rollout.rollout`."""
     thought = thought or self.config.thought
     layout = layout or self.place(params, batch, thought)
     trace = rollout(self.model, thought, params, batch, layout, key, given)

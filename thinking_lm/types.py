@@ -80,6 +80,10 @@ class Carried:
   drawn: Any = None
 
 
+BORDER = 256
+"""The code of a document border, in Vocabulary.spelling_VW: the first that is no byte."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Vocabulary:
   """What the model and the placements must know of a tokenizer.
@@ -90,7 +94,7 @@ class Vocabulary:
   sentence_V: int8 class of each token: 0 other, 1 ends in sentence punctuation, 2 is white space, 3 ends a sentence
     on its own. A sentence ends at a token of class 3, or of class 2 right after one of class 1: a causal rule, so that
     where a model thinks never tells it what comes next.
-  spelling_VW: int32 codes of each token, -1 behind its last: its bytes, and 256 for `document`. None: tokens have no
+  spelling_VW: int32 codes of each token, -1 behind its last: its bytes, and BORDER for `document`. None: tokens have no
     parts.
   """
 
@@ -118,7 +122,6 @@ class Layout:
   block: int = struct.field(pytree_node=False)
   blocks: int = struct.field(pytree_node=False)
   dropped_B: jax.Array | None = None
-
   cuts: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
 
   def sizes(self, T: int) -> tuple[tuple[int, ...], int]:

@@ -1,7 +1,6 @@
 """The microscope on estimators whose bias and noise are known, and its command on a tiny model."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.quick import FLAGS
+from tests import quick
 from thinking_lm.analysis import estimators, microscope
 from thinking_lm.analysis.microscope import Estimator
 from thinking_lm.metrics import Mean
@@ -106,7 +105,7 @@ def test_an_estimator_changes_the_gradient_and_not_the_thought():
 
 def command(*flags):
   """(exit code, stdout, stderr) of thinking_lm.microscope in a process of its own."""
-  environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=FLAGS)
+  environment = quick.environment()
   line = [sys.executable, "-m", "thinking_lm.microscope", *flags]
   done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
   return done.returncode, done.stdout, done.stderr

@@ -1,19 +1,18 @@
 import json
-import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
 
-from tests.quick import FLAGS
+from tests import quick
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def command(*flags):
   """(exit code, stdout, stderr) of thinking_lm.evaluate in a process of its own."""
-  environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=FLAGS)
+  environment = quick.environment()
   line = [sys.executable, "-m", "thinking_lm.evaluate", *flags]
   done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
   return done.returncode, done.stdout, done.stderr

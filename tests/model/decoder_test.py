@@ -18,7 +18,7 @@ from thinking_lm.model.rollout import rollout
 from thinking_lm.thoughts.placement import place
 from thinking_lm.thoughts.spec import ThoughtConfig
 
-jit = functools.partial(jax.jit, compiler_options=problem.FAST)
+jit = functools.partial(jax.jit)
 
 
 @pytest.mark.parametrize("topology", ["persistent", "private"])

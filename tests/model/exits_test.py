@@ -43,7 +43,7 @@ def batch():
 def run(thought, params=None):
   assert not thought.faults()
   function = lambda p: rollout(MODEL, thought, p, batch(), place(batch(), thought, VOCABULARY), jax.random.key(3))
-  compiled = jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+  compiled = jax.jit(function)
   return jax.tree.map(np.asarray, compiled(PARAMS if params is None else params))
 
 

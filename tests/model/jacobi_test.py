@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.model import problem
-from tests.model.problem import ANCHORS, BATCH, TIED, UNTIED
+from tests.model.problem import ANCHORS, BATCH, TIED, UNTIED, relative
 from thinking_lm.thoughts.spec import ThoughtConfig
 
 Thought = functools.partial(ThoughtConfig, kind="latent", length=2)
@@ -24,11 +24,6 @@ def run(config, thought):
   assert not thought.faults()
   arguments = problem.params(config), BATCH, problem.layout(), problem.cotangents(thought)
   return jax.device_get(problem.compiled(config, thought)(*arguments))
-
-
-def relative(left, right) -> float:
-  flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]).astype(np.float64)
-  return np.linalg.norm(flat(left) - flat(right)) / np.linalg.norm(flat(right))
 
 
 @pytest.mark.parametrize("name", CASES)

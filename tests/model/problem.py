@@ -113,9 +113,6 @@ def params(config=TIED):
   return moved(model(config), 0.25)
 
 
-FAST = {"xla_backend_optimization_level": 0}
-"""These programs run for milliseconds and compile for seconds."""
-
 KEY = jax.random.key(42)
 
 
@@ -134,6 +131,12 @@ def weighted(found: dict, cotangents: dict):
   return sum((found[name] * cotangents[name]).sum() for name in found)
 
 
+def relative(left, right) -> float:
+  """The L2 norm of the difference of two trees over that of the second."""
+  flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]).astype(np.float64)
+  return np.linalg.norm(flat(left) - flat(right)) / np.linalg.norm(flat(right))
+
+
 @functools.cache
 def compiled(config: ModelConfig, thought: ThoughtConfig, given=False):
   """Jitted (params, batch, layout, cotangents[, thoughts]) -> ((number, trace), gradient)."""
@@ -143,7 +146,7 @@ def compiled(config: ModelConfig, thought: ThoughtConfig, given=False):
     return weighted(outputs(trace, thought), cotangents), trace
 
   del given  # another key of the cache, for another signature
-  return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST)
+  return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 def cotangents(thought: ThoughtConfig, batch=BATCH, anchors=ANCHORS, seed=1) -> dict:

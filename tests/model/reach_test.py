@@ -96,7 +96,7 @@ def reach(thought, given=True):
       found["base"] = trace.base_logp_BT[0, :5]
     return found
 
-  jacobian = jax.jit(jax.jacrev(outputs, argnums=(0, 1)), compiler_options=problem.FAST)
+  jacobian = jax.jit(jax.jacrev(outputs, argnums=(0, 1)))
   found = {}
   for name, (tokens, thoughts) in jacobian(params["embedding"], inputs).items():
     size_XT = np.abs(tokens[:, :T]).max(axis=-1)
@@ -161,7 +161,6 @@ def test_padding_and_other_documents_change_nothing_bit_for_bit(topology):
   thought = Sampled(topology=topology, lookahead=2 if topology == "private" else 0)
   run = jax.jit(
     lambda params, batch: rollout(problem.model(problem.UNTIED), thought, params, batch, LAYOUT, jax.random.key(3)),
-    compiler_options=problem.FAST,
   )
   run = functools.partial(run, problem.params(problem.UNTIED))
   before = run(BATCH)
@@ -183,7 +182,6 @@ def test_future_tokens_change_no_drawn_thought():
         problem.model(), thought, params, BATCH.replace(tokens_BT=tokens), LAYOUT, jax.random.key(3)
       ).thoughts.tokens_BGNJ
     ),
-    compiler_options=problem.FAST,
   )
   run = functools.partial(run, problem.params())
   before = run(BATCH.tokens_BT)

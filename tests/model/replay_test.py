@@ -32,7 +32,7 @@ def test_drawing_is_scoring(name):
     trace = rollout(model, thought, params, BATCH, layout, problem.KEY, thoughts)
     return problem.weighted(problem.outputs(trace, thought), weights), trace
 
-  step = jax.jit(jax.value_and_grad(scored, has_aux=True), compiler_options=problem.FAST)
+  step = jax.jit(jax.value_and_grad(scored, has_aux=True))
   (number, trace), gradient = step(params, None)
   (same, again), expected = step(params, trace.thoughts)
   if thought.may_stop:

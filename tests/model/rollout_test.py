@@ -142,7 +142,7 @@ def test_scoring_in_parallel_equals_differentiating_the_scan(topology):
 def test_own_thoughts_put_back_in_give_the_same_trace(name):
   config, thought = CASES[name]
   (_, trace), _ = rolled(name)
-  again = jax.jit(functools.partial(rollout, problem.model(config), thought), compiler_options=problem.FAST)
+  again = jax.jit(functools.partial(rollout, problem.model(config), thought))
   other_key = jax.random.key(0)
   back = jax.device_get(again(problem.params(config), BATCH, problem.layout(), other_key, trace.thoughts))
   same_trace(trace, back, thought)
@@ -156,7 +156,7 @@ def test_what_is_drawn_depends_on_the_example_the_sample_and_the_anchor_only():
   rows = np.array([2, 0])
   anchors = [ANCHORS[row][1:] for row in rows]
   fewer = jax.tree.map(lambda leaf: leaf[rows], BATCH)
-  run = jax.jit(functools.partial(rollout, problem.model(config), thought), compiler_options=problem.FAST)
+  run = jax.jit(functools.partial(rollout, problem.model(config), thought))
   alone = jax.device_get(run(problem.params(config), fewer, problem.layout(anchors), problem.KEY)).thoughts.tokens_BGNJ
   drawn = trace.thoughts.tokens_BGNJ
   for number, row in enumerate(rows):
@@ -171,7 +171,7 @@ def test_what_is_drawn_depends_on_the_example_the_sample_and_the_anchor_only():
 @pytest.mark.parametrize("topology", ["persistent", "private"])
 def test_a_greedy_thought_is_the_most_likely_token_after_each_slot(topology):
   thought = Thought(kind="sampled", topology=topology, temperature=0.0)
-  run = jax.jit(functools.partial(rollout, problem.model(), thought), compiler_options=problem.FAST)
+  run = jax.jit(functools.partial(rollout, problem.model(), thought))
   first, second = (
     jax.device_get(run(problem.params(), BATCH, problem.layout(), jax.random.key(seed))) for seed in (0, 1)
   )
@@ -179,7 +179,7 @@ def test_a_greedy_thought_is_the_most_likely_token_after_each_slot(topology):
   assert not first.policy_logp_BGN.any() and not first.entropy_BGN.any()
   # The same thoughts at temperature 1: each first token is at least as likely as any other in its place.
   scored = dataclasses.replace(thought, temperature=1.0, length=1)
-  score = jax.jit(functools.partial(rollout, problem.model(), scored), compiler_options=problem.FAST)
+  score = jax.jit(functools.partial(rollout, problem.model(), scored))
   start = first.thoughts.tokens_BGNJ[:, :, :1, :1]  # of the first anchor: in its past nothing is different
   only = problem.layout([row[:1] for row in ANCHORS])
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.model import problem
-from tests.model.problem import BATCH, TIED, UNTIED
+from tests.model.problem import BATCH, TIED, UNTIED, relative
 from thinking_lm.model import segment, serial
 from thinking_lm.model.rollout import rollout
 from thinking_lm.thoughts import topology
@@ -47,15 +47,8 @@ def gradient(monkeypatch, name, cut_up: bool, dtype="float32"):
     trace = rollout(problem.model(config), thought, params, BATCH, problem.layout(), problem.KEY)
     return problem.weighted(problem.outputs(trace, thought), cotangents), trace
 
-  # XLA's CPU backend multiplies bfloat16 matrices in optimised programs only.
-  run = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=problem.FAST if dtype == "float32" else {})
+  run = jax.jit(jax.value_and_grad(loss, has_aux=True))
   return jax.device_get(run(problem.params(config)))
-
-
-def relative(left, right) -> float:
-  """The L2 norm of the difference of two gradients over that of the second."""
-  flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]).astype(np.float64)
-  return np.linalg.norm(flat(left) - flat(right)) / np.linalg.norm(flat(right))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -101,7 +94,7 @@ def test_known_positions_take_no_slots_that_stay_empty():
     slots = topology.persistent(batch, layout, thought.slots, "advance").token_BS.shape[1]
     return (trace.logp_BGT * batch.weights_BT[:, None]).sum(), (trace.outcome_BGN, slots)
 
-  run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1, compiler_options=problem.FAST)
+  run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
   (number, (outcome, slots)), got = jax.device_get(run(problem.params(), 0))
   (same, (expected, more)), wanted = jax.device_get(run(problem.params(), 1))
   assert slots == problem.T + 2 * thought.slots < more

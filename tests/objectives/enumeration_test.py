@@ -72,7 +72,7 @@ def enumerated(case, G):
   def vjp(params, cotangents):
     return jax.vjp(lambda p: run(p)[0], params)[1](cotangents)[0]
 
-  compiled = lambda function: jax.jit(function, compiler_options=problem.FAST)
+  compiled = lambda function: jax.jit(function)
   beside = Beside(greedy_reward_BN=compiled(greedy)(params()).outcome_BGN[:, 0])
   return compiled(run)(params())[1], functools.partial(compiled(vjp), params()), beside
 

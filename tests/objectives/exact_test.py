@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.model import problem
 from tests.objectives import tiny
 from thinking_lm import experiment
 from thinking_lm.errors import ConfigError
@@ -63,7 +62,7 @@ def differentiated(values):
     found, pull, told = jax.vjp(values, params, has_aux=True)
     return found, jax.vmap(pull)(jnp.eye(len(BOUNDS)))[0], told
 
-  found, grads, told = jax.jit(both, compiler_options=problem.FAST)(tiny.params())
+  found, grads, told = jax.jit(both)(tiny.params())
   rows = np.concatenate([np.reshape(leaf, (len(BOUNDS), -1)) for leaf in jax.tree.leaves(grads)], axis=1)
   return {bound: (found[i], rows[i]) for i, bound in enumerate(BOUNDS)}, told
 

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.model import problem
 from tests.objectives import tiny
 from tests.objectives.exact_test import batch, layout, thought
 from thinking_lm.model.rollout import rollout
@@ -22,7 +21,7 @@ def measured(config, goal):
   rows = tile(batch()).replace(ids_B=jnp.arange(ROWS, dtype=jnp.uint32))
   loss = lambda params, key: -objective(goal, rollout(tiny.MODEL, config, params, rows, tile(layout()), key))[0] / ROWS
   keys = jax.random.split(jax.random.key(0), REPEATS)
-  run = jax.jit(lambda p: jax.lax.map(lambda key: jax.grad(loss)(p, key), keys), compiler_options=problem.FAST)
+  run = jax.jit(lambda p: jax.lax.map(lambda key: jax.grad(loss)(p, key), keys))
   grads = run(tiny.params())
   flat_RX = np.concatenate([np.reshape(leaf, (REPEATS, -1)) for leaf in jax.tree.leaves(grads)], axis=1).astype(float)
   return flat_RX.mean(axis=0), flat_RX.std(axis=0, ddof=1) / REPEATS**0.5

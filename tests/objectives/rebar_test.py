@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.model import problem
 from tests.objectives import tiny
 from tests.objectives.exact_test import batch, layout, thought
 from thinking_lm.config import parse
@@ -47,10 +46,10 @@ def measured(name):
     return -objective(ObjectiveConfig(exact=True, bound=goal.bound), trace)[0]
 
   keys = jax.random.split(jax.random.key(0), REPEATS)
-  run = jax.jit(lambda params: jax.lax.map(lambda key: jax.grad(one)(params, key), keys), compiler_options=problem.FAST)
+  run = jax.jit(lambda params: jax.lax.map(lambda key: jax.grad(one)(params, key), keys))
   grads = run(tiny.params())
   flat_RX = np.concatenate([np.reshape(leaf, (REPEATS, -1)) for leaf in jax.tree.leaves(grads)], axis=1).astype(float)
-  wanted = jax.jit(jax.grad(exact), compiler_options=problem.FAST)(tiny.params())
+  wanted = jax.jit(jax.grad(exact))(tiny.params())
   wanted_X = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(wanted)])
   return flat_RX.mean(axis=0), flat_RX.std(axis=0, ddof=1) / REPEATS**0.5, wanted_X
 

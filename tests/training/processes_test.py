@@ -1,6 +1,5 @@
 """Several processes of one job, each a real one that finds the others as under a cluster's launcher (here: Slurm's)."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -39,11 +38,7 @@ def start(count: int, devices: int, workdir, flags_of=lambda process: ()):
   jobs = []
   for process in range(count):
     flags = [*FLAGS, f"--workdir={workdir}", *flags_of(process)]
-    environment = dict(
-      os.environ,
-      JAX_PLATFORMS="cpu",
-      XLA_FLAGS=f"{quick.FLAGS} --xla_force_host_platform_device_count={devices}",
-    )
+    environment = quick.environment(XLA_FLAGS=f"{quick.FLAGS} --xla_force_host_platform_device_count={devices}")
     if count > 1:
       flags.append("--config.train.distributed=True")
       environment |= dict(JAX_COORDINATOR_PORT=str(port), SLURM_JOB_ID="1", SLURM_STEP_NODELIST="localhost")

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Iterator
 
 import jax
-import numpy as np
 
 from thinking_lm.analysis import bench_problem as problem
 from thinking_lm.analysis.bench import Bar, Case, Variant, ratio
@@ -14,7 +13,6 @@ from thinking_lm.model.generate import Sampling, generate
 from thinking_lm.model.rollout import rollout
 from thinking_lm.thoughts.placement import place
 from thinking_lm.thoughts.spec import ThoughtConfig
-from thinking_lm.types import Vocabulary
 
 V, T, n, NEW = 512, 128, 16, 32
 PLAIN = ThoughtConfig(length=0)
@@ -42,10 +40,9 @@ def _variant(name: str, model: Model, function, B: int, thought: ThoughtConfig, 
 def thoughts(B: int) -> list[Variant]:
   """Log-probabilities of a batch without thoughts; a thought after each of its tokens; tokens are think tokens."""
   model = problem.model(V)
-  vocabulary = Vocabulary(V, 0, np.ones(V, np.int32), np.zeros(V, np.int8))
 
   def drawn(params, batch):
-    layout = place(batch, THOUGHT, vocabulary, aligned=0)
+    layout = place(batch, THOUGHT, problem.vocabulary(V), aligned=0)
     return rollout(model, THOUGHT, params, batch, layout, jax.random.key(1)).thoughts.tokens_BGNJ
 
   plain = lambda params, batch: problem.plain(model)(params, batch)[0]
@@ -58,7 +55,7 @@ def thoughts(B: int) -> list[Variant]:
 def continuations(B: int) -> list[Variant]:
   """NEW tokens after prompts of T: the prompt alone, plain decoding, and a thought before every token."""
   model = problem.model(V)
-  vocabulary = Vocabulary(V, V - 1, np.ones(V, np.int32), np.zeros(V, np.int8))
+  vocabulary = problem.vocabulary(V, document=V - 1)
 
   def decode(thought, count):
     return lambda params, batch: (

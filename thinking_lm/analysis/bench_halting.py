@@ -11,7 +11,6 @@ from thinking_lm.analysis.bench import Bar, Case, Variant
 from thinking_lm.model.decoder import Model
 from thinking_lm.model.generate import Sampling, generate
 from thinking_lm.thoughts.spec import ThoughtConfig
-from thinking_lm.types import Vocabulary
 
 V, n, TOKENS, PROMPT = 512, 16, 24, 8
 CHANCES = (0.0, 0.05, 0.2, 0.5, 1.0)
@@ -52,7 +51,7 @@ def _bar(chance: float, rows: int) -> Bar:
 def variants(rows: int) -> list[Variant]:
   """Decoding of the same prompts at each chance: one program, other parameters."""
   model = Model(problem.model(V).config, V, heads=("halt",))
-  vocabulary = Vocabulary(V, V - 1, np.ones(V, np.int32), np.zeros(V, np.int8))
+  vocabulary = problem.vocabulary(V, document=V - 1)
   decode = functools.partial(generate, model, THOUGHT, vocabulary=vocabulary, sampling=Sampling(TOKENS))
   found, params, batch = [], problem.params(model), problem.batch(rows, PROMPT, V)
   for chance in CHANCES:

@@ -50,13 +50,16 @@ def batch(B: int, T: int, V: int) -> Batch:
   )
 
 
+def vocabulary(V: int, document: int = 0) -> Vocabulary:
+  """V tokens of one byte each; `document` is the border."""
+  return Vocabulary(V, document, np.ones(V, np.int32), np.zeros(V, np.int8))
+
+
 def loss(model: Model, thought: ThoughtConfig, goal: ObjectiveConfig) -> Loss:
   """The package's loss, with rows of one document."""
-  V = model.vocabulary_size
-  vocabulary = Vocabulary(V, 0, np.ones(V, np.int32), np.zeros(V, np.int8))
 
   def total(params, batch):
-    layout = place(batch, thought, vocabulary, aligned=0)
+    layout = place(batch, thought, vocabulary(model.vocabulary_size), aligned=0)
     return objective(goal, rollout(model, thought, params, batch, layout, jax.random.key(1)))
 
   return total

@@ -98,7 +98,7 @@ def ledger(
   if thought.kind == "latent" and model.latent_map == "linear":
     per_token = 2.0 * model.width**2
   parts = (_private if thought.topology == "private" else _persistent)(model, thought, T, N, aligned)
-  base, base_serial, parallel, serial, ahead, makes, heads, queries = parts
+  base, base_serial, parallel, serial, ahead, makes, heads, queries, again = parts
   readout = heads * head
   if kind.policy:
     readout += G * N * n * (head if kind.discrete else 2 * head)  # a density needs the mixture's mean as well
@@ -116,7 +116,6 @@ def ledger(
     once = base_serial + serial + draw
     return _with_backward(Ledger(base, parallel, readout, once), model, gradient, once, queries)
   once = Ledger(base_serial, serial + ahead, readout, draw)
-  again = base_serial + serial if thought.topology == "persistent" else 0.0  # model/reverse.py
   return _with_backward(once, model, gradient, 0.0, queries, again)
 
 
@@ -125,6 +124,7 @@ class _Parts(NamedTuple):
 
   base, base_serial: of real tokens in one pass, and where a serial stream computes them. parallel, serial: of thoughts,
   likewise. ahead: of the look-ahead. makes: think tokens made. heads: states read by the head. queries: of one pass.
+  again: what the backward pass of a serial stream computes again (model/reverse.py).
   """
 
   base: float
@@ -135,6 +135,7 @@ class _Parts(NamedTuple):
   makes: float
   heads: float
   queries: float
+  again: float
 
 
 def _private(model: ModelConfig, thought: ThoughtConfig, T: int, N: int, aligned: int) -> _Parts:
@@ -149,7 +150,7 @@ def _private(model: ModelConfig, thought: ThoughtConfig, T: int, N: int, aligned
   ahead = G * N * layer_flops(model, A, T + J + A) if A else 0.0
   parallel = G * N * layer_flops(model, J + A, T + J + A)
   makes, heads = G * N * (thought.length + thought.answer), T + G * N * thought.lookahead
-  return _Parts(base, base, parallel, serial, ahead, makes, heads, T + G * N * (J + A))
+  return _Parts(base, base, parallel, serial, ahead, makes, heads, T + G * N * (J + A), 0.0)
 
 
 def _persistent(model: ModelConfig, thought: ThoughtConfig, T: int, N: int, aligned: int) -> _Parts:
@@ -159,6 +160,10 @@ def _persistent(model: ModelConfig, thought: ThoughtConfig, T: int, N: int, alig
   plan = segments(thought, sizes, tail)
   real, S = sum(sizes) + tail, sum(sizes) + tail + J * len(sizes)
   ends = [sum(shape.slots for shape in plan[: i + 1]) for i in range(len(plan))]
+  # Keys and values are in the cache (a norm of keys needs their product all the same), and the activations of the last
+  # segment, which is one call, are there.
+  cached = 2 * model.width * model.resolved_head_width * model.resolved_kv_heads * (2 - model.qk_norm)
+  again = [layer_flops(model, s.slots, A) - model.layers * s.slots * cached for s, A in zip(plan, ends, strict=True)]
   each = [(s.rounds * s.real, s.slots - s.rounds * s.real, A) for s, A in zip(plan, ends, strict=True)]
   return _Parts(
     base=G * layer_flops(model, real, causal_keys(model, S)),
@@ -169,6 +174,7 @@ def _persistent(model: ModelConfig, thought: ThoughtConfig, T: int, N: int, alig
     makes=G * sum(shape.rounds * (1 + shape.singles) for shape in plan),
     heads=G * T,
     queries=G * S,
+    again=G * sum(again[:-1]),
   )
 
 

@@ -104,14 +104,16 @@ def advice(plan: Plan, search: bool, sketch: Callable[[Any], Any], devices: Sequ
   )
 
 
+def change(config: Any, section: str, **options: Any) -> Any:
+  """The config with other options in one of its sections."""
+  return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **options)})
+
+
 def alternatives(config: Any, devices: int) -> Iterator[tuple[str, Any]]:
   """(how to say it, config) of what may fit, what costs least first: remat, micro-batches, more fsdp, fewer rows.
 
   Each keeps the ones before it; the batch is the last thing to change, because it changes what is learned.
   """
-  change = lambda config, section, **to: dataclasses.replace(
-    config, **{section: dataclasses.replace(getattr(config, section), **to)}
-  )
   words = []
   if config.model.remat != "full":
     config = change(config, "model", remat="full")

@@ -156,6 +156,7 @@ def sha256_of(content: bytes) -> str:
 def index_bytes(index: Sequence[tuple[int, int]]) -> bytes:
   """The index file of (length in tokens, content digest) pairs."""
   buffer = io.BytesIO()
+  # npy of plain numbers: a file that holds objects is refused on both sides, for reading one could run code.
   np.save(buffer, np.array(index, np.uint64).reshape(-1, 2), allow_pickle=False)
   return buffer.getvalue()
 

@@ -105,7 +105,7 @@ def _glob(pattern: str, option: str) -> list[epath.Path]:
     return [path for path in found if path.is_file()]
   except ImportError as error:
     raise ConfigError(f"{option}={pattern!r} needs a package for this kind of path: {error}") from error
-  except (OSError, ValueError, NotImplementedError) as error:
+  except (OSError, ValueError, NotImplementedError) as error:  # epath refuses patterns by the latter two
     raise ConfigError(f"{option}={pattern!r} cannot be listed: {error}") from error
 
 

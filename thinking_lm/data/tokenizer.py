@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from thinking_lm.errors import ConfigError, DataError
-from thinking_lm.types import Vocabulary
+from thinking_lm.types import BORDER, Vocabulary
 
 MAX_FILE_BYTES = 64 * 2**20
 MAX_SIZE = 2**20
@@ -69,7 +69,7 @@ def _spelling(pieces: Sequence[bytes]) -> np.ndarray:
   table = np.full((len(pieces) + 1, max([1, *map(len, pieces)])), -1, np.int32)
   for row, piece in zip(table, pieces, strict=False):
     row[: len(piece)] = list(piece)
-  table[-1, 0] = 256
+  table[-1, 0] = BORDER
   return table
 
 

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 
 from thinking_lm.model.decoder import Cache, Decoder, Seen
 from thinking_lm.model.thinking import cached, empty_cache
-from thinking_lm.thoughts.tokens import draw
+from thinking_lm.thoughts.tokens import draw, fold
 
 
 def last(decoder, config, thoughts):
-  """The last slot of each thought [..., n]."""
+  """The last slot of each thought, int32, of Thoughts of any leading axes; -1 for one that ends before its first."""
   return config.last(config.used(thoughts, decoder.stop))
 
 
@@ -26,8 +26,10 @@ def live(decoder, config, thoughts):
 
 
 def mask(decoder, config, thoughts, A, behind):
-  """mask_BPXX: a slot, or one of the tokens `behind`, sees those before it and itself, but no slot behind the thought's
-  end; A of the latter are look-ahead tokens, which those of an answer after them do not see.
+  """mask_BPXX, bool, of the J slots of P private streams and so many tokens `behind` them (X = J + behind).
+
+  Each sees those before it and itself, but no slot behind the thought's end. The first A of what stands behind are
+  look-ahead tokens, which those of an answer after them do not see.
   """
   live_BPX = jnp.pad(live(decoder, config, thoughts), [(0, 0), (0, 0), (0, behind)], constant_values=True)
   slot_X = jnp.arange(config.slots + behind)
@@ -37,14 +39,19 @@ def mask(decoder, config, thoughts, A, behind):
 
 
 def tokens(decoder, ahead_BPAD, thoughts):
-  """What stands behind thoughts: look-ahead tokens, and those of an answer but for its last."""
+  """Inputs [B, P, X, D] of what stands behind thoughts: look-ahead tokens, and those of an answer but for its last."""
   if thoughts.answer_BGNA is None:
     return ahead_BPAD
   return jnp.concatenate([ahead_BPAD, decoder.embed(thoughts.answer_BGNA[..., :-1])], axis=2)
 
 
 def answer(decoder, config, anchor_BPD, hidden_BPJD, positions_BPX, keys_BP, past, cache, thoughts, A: int):
-  """The thoughts with an answer drawn behind each; A look-ahead tokens come before it in `positions_BPX`."""
+  """The thoughts with an answer drawn behind each, through which no gradient flows.
+
+  Args:
+    anchor_BPD, hidden_BPJD: states of the anchors and of the think slots. positions_BPX: of the slots, A look-ahead
+      tokens, and the answer. keys_BP: those that drew the thoughts. past: the prefix. cache: own keys of the slots.
+  """
   end_BPD = end(config, anchor_BPD, hidden_BPJD, config.used(thoughts, decoder.stop))[:, :, 0]
   own = Seen(cache, live(decoder, config, thoughts))
   positions_BPF = positions_BPX[:, :, config.slots + A :]
@@ -60,8 +67,11 @@ def _answers(decoder: Decoder, config, end_BPD, positions_BPF, keys_BP, past: Se
     keys_BP: those that drew the thoughts. own: the thoughts' keys, mask [B, P, J] of those that exist.
   """
   m, edge = config.answer, end_BPD.shape[:2]
-  keys_PA = lambda a: jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys_BP, config.length + 1 + a)
-  say = lambda hidden_BPD, a: draw(decoder.logits(hidden_BPD), keys_PA(a), config.temperature).astype(jnp.int32)
+
+  def say(hidden_BPD, a):
+    keys = fold(keys_BP, config.length + 1 + a)
+    return draw(decoder.logits(hidden_BPD), keys, config.temperature).astype(jnp.int32)
+
   first_BP = say(end_BPD, 0)
   if m == 1:
     return first_BP[..., None]

@@ -19,7 +19,7 @@ from thinking_lm.model.serial import stream_serial
 from thinking_lm.model.thinking import block, empty_cache, think, write
 from thinking_lm.thoughts import topology
 from thinking_lm.thoughts.placement import PLACEMENTS, place
-from thinking_lm.thoughts.tokens import draw
+from thinking_lm.thoughts.tokens import draw, fold
 from thinking_lm.types import Batch, Params, Vocabulary
 
 
@@ -84,7 +84,6 @@ def generate(
   """
   decoder = model.bind(params)
   watcher = (watcher[0].bind(watcher[1]) if watcher else decoder) if config.by_need else None
-  fold = jax.vmap(jax.random.fold_in, (0, None))
   keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, prompts.ids_B)
   prompt_keys_B, token_keys_B, think_keys_B = (fold(keys_B, use) for use in range(3))
   state = _prefill(decoder, config, prompts, vocabulary, prompt_keys_B, sampling.max_tokens, watcher)

@@ -43,7 +43,6 @@ from thinking_lm.model.segment import (
   bind,
   cut,
   each,
-  fold,
   forward,
   mix,
   named,
@@ -57,6 +56,7 @@ from thinking_lm.model.segment import (
   weigh,
 )
 from thinking_lm.sharding import constrain, constrain_each
+from thinking_lm.thoughts.tokens import fold
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -100,9 +100,8 @@ class _Saved(NamedTuple):
   """What `_recompute` keeps of a layer, for the slots of a segment; an item of layered values.
 
   x_BSD: the layer's input. queries_BSX: its queries, X = H E. weights_BKRSA: attention weights, in the type that values
-  are mixed in. inputs, outputs: of the
-  products with each matrix, by name; an input that several products share is that of the first of them (`FIRST`), and
-  the output of `down` is never needed.
+  are mixed in. inputs, outputs: of the products with each matrix, by name; an input that several products share is that
+  of the first of them (`FIRST`), and the output of `down` is never needed.
   """
 
   x_BSD: jax.Array
@@ -329,7 +328,7 @@ def _parameters(spec, params, facts, made, saved, rows, dx_BSD, scales):
   keys_RnB = None
   if facts.ends_RB is not None:
     each_RnB = jnp.stack([facts.ends_RB, *[facts.begins_RB] * shape.singles], axis=1)
-    keys_RnB = jax.vmap(jax.vmap(jax.vmap(jax.random.fold_in, (0, None))), (0, None))(each_RnB, numbers)
+    keys_RnB = jax.vmap(fold, (1, 0), 1)(each_RnB, numbers)
 
   def rounds(a_BSX):
     """[R, n, B, ...]: the think tokens of each round."""

@@ -19,6 +19,7 @@ from thinking_lm.model.serial import stream_serial
 from thinking_lm.model.thinking import empty_cache, think
 from thinking_lm.thoughts import answer, halting, relaxed, report, topology
 from thinking_lm.thoughts.spec import ThoughtConfig
+from thinking_lm.thoughts.tokens import fold
 from thinking_lm.types import Batch, Layout, Params, Report, Thoughts, Trace
 
 
@@ -55,10 +56,10 @@ def _keys(config, batch, layout, key):
   """One key for each row, sample and anchor; None where nothing is drawn."""
   if not config.random:
     return None
-  fold = jax.random.fold_in
-  keys_B = jax.vmap(fold, (None, 0))(key, batch.ids_B)
-  keys_BG = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))(keys_B, jnp.arange(config.samples))
-  return jax.vmap(jax.vmap(jax.vmap(fold, (None, 0)), (0, None)))(keys_BG, layout.anchors_BN)
+  one = jax.random.fold_in
+  keys_B = jax.vmap(one, (None, 0))(key, batch.ids_B)
+  keys_BG = jax.vmap(jax.vmap(one, (None, 0)), (0, None))(keys_B, jnp.arange(config.samples))
+  return jax.vmap(jax.vmap(jax.vmap(one, (None, 0)), (0, None)))(keys_BG, layout.anchors_BN)
 
 
 def _pauses(decoder, config, layout):
@@ -126,28 +127,30 @@ def _stream(decoder, drawer, config, rows, stream, keys_BN, layout, given):
   x_BSD = decoder.embed(topology.take(rows.tokens_BT, stream.token_BS, 0))
   B, S, D = x_BSD.shape
 
-  def parallel(decoder, x_BSD, given):
-    slots_BXD = _wrap(decoder, config, given).reshape(B, -1, D)
-    index_BS = stream.anchor_BS * config.slots + stream.step_S
-    x_BSD = jnp.where(stream.step_S[:, None] < 0, x_BSD, _gather(slots_BXD, jnp.maximum(index_BS, 0)))
+  def at_once(decoder, x_BSD, stream):
     mask = topology.sees(stream.segments_BS, stream.segments_BS, jnp.arange(S), jnp.arange(S))
     return decoder(x_BSD[:, None], stream.positions_BS[:, None], mask)[0][:, 0]
 
-  if given is None and config.length and config.iterations:
-    hidden_BSD, thoughts, residual_BN = stream_iterated(decoder, config, stream, layout, x_BSD, parallel)
+  def fed(decoder, x_BSD, thoughts):
+    slots_BXD = _wrap(decoder, config, thoughts).reshape(B, -1, D)
+    index_BS = stream.anchor_BS * config.slots + stream.step_S
+    return jnp.where(stream.step_S[:, None] < 0, x_BSD, _gather(slots_BXD, jnp.maximum(index_BS, 0)))
+
+  if not config.length:
+    N = layout.anchors_BN.shape[1]
+    nothing = Thoughts(jnp.zeros((B, N, 0, D)), jnp.zeros((B, N, 0), jnp.int32))
+    return at_once(decoder, x_BSD, stream), nothing, stream, None
+  if given is None and config.iterations:
+    one_pass = lambda decoder, x_BSD, thoughts: at_once(decoder, fed(decoder, x_BSD, thoughts), stream)
+    hidden_BSD, thoughts, residual_BN = stream_iterated(decoder, config, stream, layout, x_BSD, one_pass)
     return hidden_BSD, thoughts, topology.end(stream, behind.last(decoder, config, thoughts)), residual_BN
   if given is None and drawer is not None:
     drawn = stream_serial(drawer, config, stream, jax.lax.stop_gradient(x_BSD), keys_BN, layout)[1]
     given = actions(decoder, config, drawn)
-  if given is None and config.length:
-    return *stream_serial(decoder, config, stream, x_BSD, keys_BN, layout)[:3], None
   if given is None:
-    N = layout.anchors_BN.shape[1]
-    given = Thoughts(jnp.zeros((B, N, 0, D)), jnp.zeros((B, N, 0), jnp.int32))
-    mask = topology.sees(stream.segments_BS, stream.segments_BS, jnp.arange(S), jnp.arange(S))
-    return decoder(x_BSD[:, None], stream.positions_BS[:, None], mask)[0][:, 0], given, stream, None
-  stream = topology.end(stream, behind.last(decoder, config, given))
-  return parallel(decoder, x_BSD, given), given, stream, None
+    return *stream_serial(decoder, config, stream, x_BSD, keys_BN, layout)[:3], None
+  ended = topology.end(stream, behind.last(decoder, config, given))
+  return at_once(decoder, fed(decoder, x_BSD, given), ended), given, ended, None
 
 
 def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
@@ -214,9 +217,7 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
 
 def _relaxed(decoder, drawer, config, before_BPD, tokens_BP, keys_BP) -> Thoughts:
   """The relaxed copies of drawn single tokens (`thoughts.relaxed`), differentiable in the policy only."""
-  keys_BP = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(
-    keys_BP, config.length
-  )  # 0 ... drew the thought
+  keys_BP = fold(keys_BP, config.length)  # 0 ... drew the thought
   logp_BPV = jax.nn.log_softmax(decoder.logits(before_BPD) / config.temperature)
   weights_BPV = relaxed.weights(relaxed.coupled(logp_BPV, tokens_BP, keys_BP), config.relaxation)
   return Thoughts(drawer.mix(weights_BPV.astype(before_BPD.dtype))[:, :, None], tokens_BP[..., None])

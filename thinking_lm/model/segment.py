@@ -29,6 +29,7 @@ from thinking_lm.model.thinking import emit
 from thinking_lm.sharding import constrain, gathered
 from thinking_lm.thoughts import halting, topology
 from thinking_lm.thoughts.spec import ThoughtConfig
+from thinking_lm.thoughts.tokens import fold
 
 CACHED = ("batch", "kv_heads", None, None)
 """Logical axes of keys and values [B, K, A, E]. Slots are never split: a loop reads and writes them one by one."""
@@ -218,11 +219,6 @@ def visible(segments_BA, start, Q: int):
   """mask_BQA of the Q slots from `start` on: the slots of their document up to their own."""
   own = jax.lax.dynamic_slice_in_dim(segments_BA, start, Q, axis=1)
   return topology.sees(own, segments_BA, start + jnp.arange(Q), jnp.arange(segments_BA.shape[1]))[:, 0]
-
-
-def fold(keys_B, i):
-  """Random keys of think token i from those of thoughts, None if they are."""
-  return None if keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(keys_B, i)
 
 
 def anchor(shape: Shape, segments_BA, start):

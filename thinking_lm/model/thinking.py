@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from thinking_lm.model.decoder import DTYPES, Cache, Decoder, Seen
 from thinking_lm.thoughts import halting, report, topology
 from thinking_lm.thoughts.spec import ThoughtConfig
+from thinking_lm.thoughts.tokens import fold
 from thinking_lm.types import Thoughts
 
 
@@ -52,8 +53,7 @@ def think(
 
   def step(carry, i):
     hidden, cache, progress = carry
-    keys = None if keys_BP is None else jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys_BP, i)
-    x, token, cache = make(hidden, keys, i, progress, cache)
+    x, token, cache = make(hidden, fold(keys_BP, i), i, progress, cache)
     progress = halting.drawn(decoder, config, progress, token, i)
     hidden, cache = run(x, i + config.opening, cache)
     progress = halting.reached(decoder, config, progress, hidden, i + 1)

@@ -206,53 +206,35 @@ def rules(config: HealthConfig, vocabulary_size: int, half_precision: bool, poli
   vanish, drift from the reference, groups without a signal, a sampler whose probabilities are not the learner's,
   reward without an effect, repetition, one gradient drowning the other, and latents that stand still.
   """
-  c, entropy = config, ("think_entropy",)
-  uniform = 0.9 * math.log(vocabulary_size) if c.entropy_high else None
+  c, entropy = config, "think_entropy"
   mismatch = c.mismatch or (0.05 if half_precision else 1e-4)
+  uniform = 0.9 * math.log(vocabulary_size) if c.entropy_high else 0.0
   cure = "raise objective.entropy_weight, or lower the learning rate"
+
+  def above(bound, name, advice, measure=value):
+    return Rule((name,), measure(name), None, bound or None, advice)
+
+  def below(bound, name, advice, stops=False):
+    return Rule((name,), of_first(name), bound or None, None, advice, stops)
+
+  pair = ("nll_grad_norm", "score_grad_norm")
+  unbalanced, drowned = imbalance(*pair), "one term drowns the other: change objective.score_weight"
+  unearned = "the reward rises, and not by thinking better"
   table = dict(
-    entropy_low=Rule(entropy, of_first(*entropy), c.entropy_low or None, None, f"thoughts become all the same: {cure}"),
-    entropy_high=Rule(entropy, of_first(*entropy), None, c.entropy_high or None, "thoughts become noise: lower rates"),
-    entropy_uniform=Rule(entropy, value(*entropy), None, uniform, "thoughts are nearly uniform noise"),
-    entropy_stop=Rule(entropy, of_first(*entropy), c.entropy_stop or None, None, f"entropy collapsed: {cure}", True),
-    empty=Rule(
-      ("empty_thoughts",),
-      value("empty_thoughts"),
-      None,
-      c.empty or None,
-      "thinking does not pay: lower objective.price",
-    ),
-    full=Rule(
-      ("full_thoughts",), value("full_thoughts"), None, c.full or None, "thoughts hit the cap: raise the price"
-    ),
-    lengthy=Rule(
-      ("length_reward",),
-      value("length_reward"),
-      None,
-      c.lengthy or None,
-      "thoughts are paid for length: raise the price",
-    ),
-    repeated=Rule(("repeated_tokens",), value("repeated_tokens"), None, c.repeated or None, "one token is repeated"),
-    alike=Rule(("successive_cosine",), value("successive_cosine"), None, c.alike or None, "thoughts stand still"),
-    flat=Rule(("flat_groups",), value("flat_groups"), None, c.flat or None, "no signal: thoughts change nothing yet"),
-    drift=Rule(("kl",), of_median("kl"), None, c.drift or None, "the policy jumps away from its reference"),
-    gradients=Rule(
-      ("nll_grad_norm", "score_grad_norm"),
-      imbalance("nll_grad_norm", "score_grad_norm"),
-      None,
-      c.gradients or None,
-      "one term drowns the other: change objective.score_weight",
-    ),
-    mismatch=Rule(
-      ("sampler_mismatch",), value("sampler_mismatch"), None, mismatch, "drawn thoughts are scored as other ones"
-    ),
-    effect=Rule(
-      ("effect_none", "reward"),
-      gain_without_effect,
-      None,
-      0.0 if c.effect else None,
-      "the reward rises, and not by thinking better",
-    ),
+    entropy_low=below(c.entropy_low, entropy, f"thoughts become all the same: {cure}"),
+    entropy_high=above(c.entropy_high, entropy, "thoughts become noise: lower rates", of_first),
+    entropy_uniform=above(uniform, entropy, "thoughts are nearly uniform noise"),
+    entropy_stop=below(c.entropy_stop, entropy, f"entropy collapsed: {cure}", stops=True),
+    empty=above(c.empty, "empty_thoughts", "thinking does not pay: lower objective.price"),
+    full=above(c.full, "full_thoughts", "thoughts hit the cap: raise the price"),
+    lengthy=above(c.lengthy, "length_reward", "thoughts are paid for length: raise the price"),
+    repeated=above(c.repeated, "repeated_tokens", "one token is repeated"),
+    alike=above(c.alike, "successive_cosine", "thoughts stand still"),
+    flat=above(c.flat, "flat_groups", "no signal: thoughts change nothing yet"),
+    drift=above(c.drift, "kl", "the policy jumps away from its reference", of_median),
+    gradients=Rule(pair, unbalanced, None, c.gradients or None, drowned),
+    mismatch=above(mismatch, "sampler_mismatch", "drawn thoughts are scored as other ones"),
+    effect=Rule(("effect_none", "reward"), gain_without_effect, None, 0.0 if c.effect else None, unearned),
   )
   bounded = {name: rule for name, rule in table.items() if (rule.low, rule.high) != (None, None)}
-  return {name: rule for name, rule in bounded.items() if policy or rule.reads != entropy}
+  return {name: rule for name, rule in bounded.items() if policy or rule.reads != (entropy,)}

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from thinking_lm.data.tokenizer import SPACE
 from thinking_lm.objectives.scores import score
-from thinking_lm.thoughts.answer import BORDER
+from thinking_lm.types import BORDER
 
 
 def log_prob(trace):
@@ -56,7 +57,7 @@ def prefix_match(trace):
   return (same_BGN & whole_BGN & (answer.weight_BN > 0)[:, None]).astype(jnp.float32)
 
 
-WHITE = (*b" \t\n\r\v\f", BORDER)
+WHITE = (*SPACE, BORDER)
 """Codes around an answer that the tasks' verifiers do not look at."""
 
 

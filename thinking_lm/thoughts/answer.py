@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from thinking_lm.thoughts import topology
-from thinking_lm.types import Answer, Batch, Layout, Trace, Vocabulary
+from thinking_lm.types import BORDER, Answer, Batch, Layout, Trace, Vocabulary
 
-BORDER, SYMBOLS = 256, 512
-"""The code of a border; what is added to a token that has no parts, to be told from a byte."""
+SYMBOLS = 512
+"""What is added to a token that has no parts, to be told from a byte and a border."""
 
 
 def exists(tokens_XA, border: int | None):

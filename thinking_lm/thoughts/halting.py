@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from thinking_lm.thoughts import report
+from thinking_lm.thoughts.tokens import fold
 
 
 def entropy(model, hidden_XD, j, config):
@@ -104,8 +105,7 @@ def begin(model, config, hidden_XD, keys_X) -> Progress:
   shape = hidden_XD.shape[:-1]
   level_X = jnp.full(shape, 1 - (config.stop_at or 0.5))
   if config.draws_end:
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys_X.reshape(-1), config.length)
-    level_X = jax.vmap(jax.random.uniform)(keys).reshape(shape)
+    level_X = jax.vmap(jax.random.uniform)(fold(keys_X, config.length).reshape(-1)).reshape(shape)
   first_X = jnp.full(shape, config.free) if config.report else None
   fresh = Progress(jnp.ones(shape, bool), jnp.ones(shape), level_X, jnp.zeros(shape, jnp.int32), first_X)
   return reached(model, config, fresh, hidden_XD, 0)

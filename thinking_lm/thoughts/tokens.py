@@ -19,6 +19,16 @@ import jax
 import jax.numpy as jnp
 
 
+def fold(keys_X, i):
+  """Random keys of think token i from those of thoughts, of any shape; None if they are."""
+  if keys_X is None:
+    return None
+  one = jax.random.fold_in
+  for _ in range(keys_X.ndim):
+    one = jax.vmap(one, (0, None))
+  return one(keys_X, i)
+
+
 def pause(model, hidden_XD, keys_X, config):
   """One learned embedding, whatever came before (Goyal et al. 2023, arXiv:2310.02226)."""
   del keys_X, config

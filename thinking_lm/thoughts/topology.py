@@ -115,8 +115,8 @@ class Private(NamedTuple):
 
   prefix_BNT: bool, the real tokens that the thought and its look-ahead see. valid_BN: the anchor exists.
   positions_BNX: rotary positions of the X = J + A slots, and of those of an answer, which stand where the look-ahead
-  does. ahead_BNA: index into T of the look-ahead tokens
-  (anchor + 1 ...), T where they leave the anchor's document. target_BNM: index into T of the M = A + 1 targets.
+  does. ahead_BNA: index into T of the look-ahead tokens (anchor + 1 ...), T where they leave the anchor's document.
+  target_BNM: index into T of the M = A + 1 targets.
   """
 
   prefix_BNT: jax.Array
