@@ -16,6 +16,7 @@ TINY = (
   "--config.optimizer.warmup_steps=5",
   "--config.data.task.length=6",
   "--config.model.width=16",
+  "--config.health.entropy_high=0",  # so small a model starts with sure thoughts, and alarms are told on stderr
 )
 PROGRAMS = dict(
   toy=(harness.toy(steps=16, sleep=0.05), 5, 5),
