@@ -33,13 +33,13 @@ def test_a_constraint_holds_on_the_mesh():
 class Head:
   """Logits are the hidden states."""
 
-  heads = ()
+  heads, embedding = (), np.zeros((7, 7))
   logits = staticmethod(lambda hidden: hidden)
 
 
 @pytest.mark.parametrize("shape", [dict(), dict(data=2, sequence=4), dict(data=4, tensor=2)])
 def test_chunks_of_the_readout_are_the_whole_and_keep_rows_in_their_place(monkeypatch, shape):
-  monkeypatch.setattr(readout, "CHUNK", 6)
+  monkeypatch.setattr(readout, "CHUNK", 6 * 7)
   rng = np.random.default_rng(0)
   hidden, targets = rng.normal(size=(4, 3, 5, 7)).astype(np.float32), rng.integers(0, 7, (4, 3, 5))
   with jax.set_mesh(make_mesh(MeshConfig(**shape))):

@@ -67,6 +67,7 @@ def main(argv) -> None:
   if not _WORKDIR.value or not _OUTPUT.value:
     raise UsageError("--workdir=SOLVER and --output=FILE.jsonl are needed; see --help")
   from thinking_lm import experiment
+  from thinking_lm.evaluation.continuations import continuations
   from thinking_lm.evaluation.progress import Progress
   from thinking_lm.model.generate import Sampling
   from thinking_lm.training import state, storage
@@ -78,11 +79,10 @@ def main(argv) -> None:
   if _SPLIT.value not in subject.data.splits:
     raise UsageError(f"unknown split {_SPLIT.value!r}; known: {', '.join(subject.data.splits)}")
   examples = subject.data.examples(_SPLIT.value, _PROBLEMS.value)
-  asked = [example for example in examples for _ in range(_SAMPLES.value)]
   room = max(len(example.answer) for example in examples) + 8
-  sampling = Sampling(room, temperature=_TEMPERATURE.value)
+  sampling = Sampling(room, temperature=_TEMPERATURE.value, samples=_SAMPLES.value)
   key = state.key(_SEED.value, "generate")
-  texts = subject.continuations(params, [each.prompt for each in asked], key, sampling, _BATCH.value, Progress())
+  texts = continuations(subject, params, [each.prompt for each in examples], key, sampling, _BATCH.value, Progress())
   lines = []
   for number, example in enumerate(examples):
     lines += lines_of(task, example, texts[number * _SAMPLES.value : (number + 1) * _SAMPLES.value])

@@ -88,7 +88,7 @@ def main(argv) -> None:
   del argv
   samples = _check()
   from thinking_lm import experiment
-  from thinking_lm.evaluation import evaluators, summary
+  from thinking_lm.evaluation import continuations, evaluators, summary
   from thinking_lm.evaluation.progress import Progress
   from thinking_lm.training import mesh as mesh_lib
   from thinking_lm.training import state, workdir
@@ -103,7 +103,7 @@ def main(argv) -> None:
   mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(data=1, fsdp=-1))
   task = subject.data.task
   tagging = task is not None and task.tagging
-  answer = functools.partial(subject.answer, params, key=state.key(_SEED.value, "generate"))
+  answer = functools.partial(continuations.answers, subject, params, key=state.key(_SEED.value, "generate"))
   found = evaluators.evaluate(
     subject,
     params,

@@ -23,7 +23,6 @@ from thinking_lm.beside import passes
 from thinking_lm.config import option
 from thinking_lm.data import pipeline
 from thinking_lm.data.rows import assemble
-from thinking_lm.data.tasks import Example
 from thinking_lm.errors import ConfigError
 from thinking_lm.evaluation.health import Examination
 from thinking_lm.evaluation.hook import EvaluationConfig, hooks
@@ -259,7 +258,9 @@ class Experiment:
     return dataclasses.replace(self._with(thought=thought), proxy=_proxy(thought, self.data))
 
   def generate(self, params: Params, prompts: Sequence[bytes], key, sampling: Sampling) -> Generation:
-    """Continues texts; row b of the result (numpy leaves) belongs to prompts[b]. An empty prompt is a fresh document.
+    """Continues texts; rows b G ... b G + G - 1 of the result (numpy leaves) belong to prompts[b] (`Sampling.samples`).
+
+    An empty prompt is a fresh document.
 
     What is drawn for a prompt depends on `key`, its place in the list and itself.
     """
@@ -283,32 +284,6 @@ class Experiment:
         **dict(vocabulary=self.data.vocabulary, sampling=sampling, watcher=self.proxy),
       )
     )
-
-  def continuations(
-    self, params: Params, prompts: Sequence[bytes], key, sampling: Sampling, batch_size: int, progress=None
-  ) -> list[bytes]:
-    """Texts that continue many prompts, decoded `batch_size` at a time in prompts of about one length.
-
-    Args:
-      progress: (finished, all) -> None.
-    """
-    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    texts: dict[int, bytes] = {}
-    for part, first in enumerate(range(0, len(order), batch_size)):
-      numbers = order[first : first + batch_size]
-      filled = [*numbers, *numbers[:1] * (batch_size - len(numbers))]  # one shape, one compilation
-      made = self.generate(params, [prompts[n] for n in filled], jax.random.fold_in(key, part), sampling)
-      for row, number in enumerate(numbers):
-        texts[number] = self.data.tokenizer.decode(made.tokens_BX[row, : made.length_B[row]])
-      if progress is not None:
-        progress(len(texts), len(prompts))
-    return [texts[number] for number in range(len(prompts))]
-
-  def answer(self, params: Params, examples: Sequence[Example], key) -> list[bytes]:
-    """Greedy answers to the prompts of a text task, for its verifier."""
-    room = max(len(example.answer) for example in examples) + 8
-    prompts = [example.prompt for example in examples]
-    return self.continuations(params, prompts, key, Sampling(room, temperature=0.0), len(prompts))
 
 
 def build(config: ExperimentConfig, rows: bool = True) -> Experiment:

@@ -42,7 +42,7 @@ def _prompts() -> list[bytes]:
       prompts.append(pathlib.Path(_PROMPT_FILE.value).read_bytes())
     except OSError as error:
       raise UsageError(f"cannot read --prompt_file={_PROMPT_FILE.value}: {error.strerror}") from error
-  return [prompt for prompt in prompts or [b""] for _ in range(_COUNT.value)]
+  return prompts or [b""]
 
 
 def main(argv) -> None:
@@ -64,11 +64,12 @@ def main(argv) -> None:
       f"this model labels every token of a {subject.config.data.task.name}: there is no text to continue; see "
       "python -m thinking_lm.evaluate"
     )
-  sampling = Sampling(_MAX_TOKENS.value, _TEMPERATURE.value, _TOP_K.value)
+  sampling = Sampling(_MAX_TOKENS.value, _TEMPERATURE.value, _TOP_K.value, _COUNT.value)
   began = time.monotonic()
   made = subject.generate(params, prompts, state.key(_SEED.value, "generate"), sampling)
   seconds = time.monotonic() - began
   tokenizer, shown = subject.data.tokenizer, _THOUGHTS.value == "shown"
+  prompts = [prompt for prompt in prompts for _ in range(_COUNT.value)]
   for row, prompt in enumerate(prompts):
     print(f"--- {row + 1} of {len(prompts)}: {display.inline(prompt) or '(a fresh document)'}")
     print(display.continuation(tokenizer, made, row, shown, sys.stdout.isatty(), subject.model.confidence))

@@ -144,9 +144,8 @@ of the expected probability (VeriFree, arXiv:2505.21493). Where the papers think
 before the next token; thought.lookahead and the placement give other outcomes. verbalised: at most two tokens of
 thought, then two pairs of a candidate and how sure the model is of it, paid by log p(next token) + the Brier score of
 that report - the price of the tokens; RLCR (arXiv:2507.16806) is the same with reward exact_match and one confidence in
-the model's own answer.
-before the next token; thought.lookahead and the placement give other outcomes. The others are the papers' own, each
-with a file in configs/recipes/ that says what it takes from its paper and where it departs.
+the model's own answer. The others are the papers' own, each with a file in configs/recipes/ that says what it takes
+from its paper and where it departs.
 """
 
 

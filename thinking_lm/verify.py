@@ -70,6 +70,7 @@ def scores(subject, params, lines, key, K: int):
 
   from thinking_lm.data import verdicts
   from thinking_lm.evaluation import verifiers
+  from thinking_lm.evaluation.continuations import continuations
   from thinking_lm.evaluation.progress import Progress
   from thinking_lm.model.generate import Sampling
 
@@ -83,8 +84,8 @@ def scores(subject, params, lines, key, K: int):
   total = 0.0
   for k in range(K):
     own = jax.random.fold_in(key, k)
-    write = lambda heads, own=own: subject.continuations(
-      params, heads, own, Sampling(_LONGEST.value), _BATCH.value, Progress()
+    write = lambda heads, own=own: continuations(
+      subject, params, heads, own, Sampling(_LONGEST.value), _BATCH.value, Progress()
     )
     total = total + scorer(params, verifiers.written(lines, write), own, 1)[:, 0]
   return total / K

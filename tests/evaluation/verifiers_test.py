@@ -14,6 +14,7 @@ from thinking_lm.data import verdicts
 from thinking_lm.data.rows import assemble
 from thinking_lm.errors import ConfigError
 from thinking_lm.evaluation import verifiers
+from thinking_lm.evaluation.continuations import continuations
 from thinking_lm.model.generate import Sampling
 from thinking_lm.types import Carried
 
@@ -67,9 +68,11 @@ def test_continuations_keep_the_order_and_fill_the_last_batch(made):
   subject = dataclasses.replace(subject, config=dataclasses.replace(subject.config, thought=thought))
   prompts = [b"a" * n for n in (9, 1, 40, 2, 3)]
   seen = []
-  texts = subject.continuations(params, prompts, KEY, Sampling(3, 0.0), 2, lambda done, of: seen.append((done, of)))
-  assert texts == [subject.continuations(params, [p], KEY, Sampling(3, 0.0), 1)[0] for p in prompts]
+  texts = continuations(subject, params, prompts, KEY, Sampling(3, 0.0), 2, lambda done, of: seen.append((done, of)))
+  assert texts == [continuations(subject, params, [p], KEY, Sampling(3, 0.0), 1)[0] for p in prompts]
   assert seen == [(2, 5), (4, 5), (5, 5)]
+  pairs = continuations(subject, params, prompts, KEY, Sampling(3, 0.0, samples=2), 4)
+  assert pairs == [text for text in texts for _ in range(2)]
 
 
 def test_written_rationales_are_cut_at_the_question():

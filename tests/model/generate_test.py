@@ -136,6 +136,15 @@ def test_a_row_does_not_depend_on_its_neighbours():
   np.testing.assert_array_equal(together.thoughts_BXn[0], alone.thoughts_BXn[0])
 
 
+@pytest.mark.parametrize("topology", ["persistent", "private"])
+def test_samples_share_a_prompt_and_go_their_own_ways(topology):
+  config = ThoughtConfig(length=2, kind="sampled", placement="stride", stride=2, topology=topology, halting="stop")
+  several = jax.tree.map(lambda a: a.reshape(len(PROMPTS), 3, *a.shape[1:]), decode(config, Sampling(X, samples=3)))
+  for each, first in zip(jax.tree.leaves(several), jax.tree.leaves(decode(config)), strict=True):
+    np.testing.assert_allclose(each[:, 0], first, rtol=1e-5, atol=1e-6)
+  assert len(np.unique(several.tokens_BX.reshape(-1, X), axis=0)) > len(PROMPTS)
+
+
 @pytest.mark.parametrize("placement", [dict(placement="stride", stride=2), dict(placement="every"), NEED])
 def test_thoughts_stand_where_the_placement_says(placement):
   config = ThoughtConfig(length=1, kind="latent", **dict(cap=2, **placement))

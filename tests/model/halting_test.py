@@ -10,6 +10,7 @@ import pytest
 from thinking_lm.model.decoder import Model, ModelConfig
 from thinking_lm.model.generate import Sampling, generate
 from thinking_lm.model.rollout import rollout
+from thinking_lm.model.streams import Streams
 from thinking_lm.thoughts.halting import used
 from thinking_lm.thoughts.placement import place
 from thinking_lm.thoughts.spec import ThoughtConfig
@@ -108,24 +109,40 @@ def test_the_policy_of_all_thoughts_sums_to_one():
 
 
 @pytest.mark.parametrize("topology", ["persistent", "private"])
-def test_decoding_stops_and_equals_the_rollout(topology):
-  thought = config(topology, samples=1, placement="every")
+@pytest.mark.parametrize("delimiters", [False, True])
+def test_decoding_stops_and_equals_the_rollout(topology, delimiters):
+  X, options = 3, dict(temperature=5.0, delimiters=delimiters, rotary="advance")
+  thought = config(topology, samples=1, placement="explicit", positions=(2, 3, 4), **options)
   prompts = jax.tree.map(lambda a: a[:, :3] if a.ndim == 2 else a, batch())
-  X = 3
   function = functools.partial(generate, MODEL, thought, vocabulary=VOCABULARY, sampling=Sampling(X))
-  made = jax.device_get(jax.jit(function)(params(), prompts, key=jax.random.key(5)))
+  made = jax.device_get(jax.jit(function)(params(), prompts, key=jax.random.key(0)))
   used = (made.thoughts_BXn >= 0).sum(axis=-1)
   assert (made.thoughts_BXn < V).all() and len(np.unique(used[made.thought_BX])) > 1
-  if topology == "persistent":
-    return  # its first thoughts stand in the prompt and are not returned
   tokens = np.concatenate([prompts.tokens_BT, made.tokens_BX], axis=1)
-  drawn = np.full((2, 1, T, 3), STOP, np.int32)
-  drawn[:, 0, 2 : 2 + X] = np.where(made.thoughts_BXn < 0, STOP, made.thoughts_BXn)
+  drawn = np.where(made.thoughts_BXn < 0, STOP, made.thoughts_BXn)[:, None]
   whole = batch().replace(tokens_BT=jnp.asarray(tokens), targets_BT=jnp.roll(jnp.asarray(tokens), -1, axis=1))
   trace = think(thought, params(), whole, thoughts_of(drawn))
-  np.testing.assert_allclose(
-    made.logp_BX[made.thought_BX], np.asarray(trace.logp_BGT[:, 0, 2 : 2 + X])[made.thought_BX], rtol=1e-4, atol=1e-5
-  )
+  expected = np.asarray(trace.logp_BGT[:, 0, 2 : 2 + X])
+  np.testing.assert_allclose(made.logp_BX[made.thought_BX], expected[made.thought_BX], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("topology", ["persistent", "private"])
+def test_nobody_waits_for_a_neighbour_who_thinks_longer(topology, monkeypatch):
+  """As many turns as the stream with the most slots has, not as many as the longest thought before each token."""
+  turns, X, feed = [], 3, Streams.feed
+
+  def counted(self, *inputs):
+    jax.debug.callback(lambda: turns.append(1))
+    return feed(self, *inputs)
+
+  monkeypatch.setattr(Streams, "feed", counted)
+  thought = config(topology, samples=1, placement="every", temperature=5.0)
+  prompts = jax.tree.map(lambda a: a[:, :3] if a.ndim == 2 else a, batch())
+  made = generate(MODEL, thought, params(), prompts, VOCABULARY, jax.random.key(0), Sampling(X))
+  jax.effects_barrier()
+  used_BX = np.asarray((made.thoughts_BXn >= 0).sum(axis=-1))
+  slots_BX = np.asarray(made.thought_BX) * (1 + used_BX + 1)  # a token, its thought, and the STOP
+  assert len(turns) == slots_BX.sum(axis=1).max() < slots_BX.max(axis=0).sum()
 
 
 def test_only_what_can_draw_stop_may_halt():

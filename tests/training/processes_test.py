@@ -71,10 +71,20 @@ def numbers(workdir):
   return [{name: value for name, value in row.items() if not any(part in name for part in timed)} for row in rows]
 
 
-def test_processes_train_and_evaluate_as_one_process_with_as_many_devices(tmp_path):
-  alone, together = tmp_path / "alone", tmp_path / "together"
-  for workdir, ended in ((alone, start(1, 4, alone)), (together, start(2, 2, together))):
-    assert [code for code, *_ in ended] == [0] * len(ended), (workdir, ended)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+  """The work directory of one process with four devices."""
+  workdir = tmp_path_factory.mktemp("alone")
+  ended = start(1, 4, workdir)
+  assert [code for code, *_ in ended] == [0], ended
+  return workdir
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_train_and_evaluate_as_one_process_with_as_many_devices(alone, tmp_path, count):
+  together = tmp_path / "together"
+  ended = start(count, 4 // count, together)
+  assert [code for code, *_ in ended] == [0] * count, ended
   (step, expected), (last, got) = map(last_state, (alone, together))
   assert (step, last) == (4, 4)
   for name, leaf in expected.items():

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import jax
 
 from thinking_lm.analysis import bench_problem as problem
+from thinking_lm.analysis import peers
 from thinking_lm.analysis.bench import Bar, Case, Variant, ratio
 from thinking_lm.analysis.flops import ledger
 from thinking_lm.model.decoder import Model
@@ -22,12 +23,15 @@ COST = {1: 3.0, 4: 1.4}
 """B, and the bar on the cost of a think token in plain forward tokens. At B 1 a prototype in JAX that paid 5 of them
 was 1.5 times as fast as Hugging Face's `generate`; 2.5 times as fast is 3 of them."""
 
+PEER = Bar("Hugging Face's generate / ours", lambda r: ratio(r, "hugging_face", "thoughts"), 2.5, at_most=False)
+
 
 def cases() -> Iterator[Case]:
   """Thoughts at every position at once, which share the prefix; then continuations, all steps in one dispatch."""
   for B, limit in COST.items():
     bar = Bar("a think token / a plain forward token", lambda r: (ratio(r, "thoughts", "plain") - 1) / n, limit)
-    yield Case(f"every_B{B}_T{T}_n{n}", functools.partial(thoughts, B), (bar,))
+    bars = (bar, PEER) if peers.installed() and B == 1 else (bar,)
+    yield Case(f"every_B{B}_T{T}_n{n}", functools.partial(thoughts, B), bars)
   for B in COST:
     yield Case(f"generate_B{B}_{NEW}", functools.partial(continuations, B))
 
@@ -38,7 +42,10 @@ def _variant(name: str, model: Model, function, B: int, thought: ThoughtConfig, 
 
 
 def thoughts(B: int) -> list[Variant]:
-  """Log-probabilities of a batch without thoughts; a thought after each of its tokens; tokens are think tokens."""
+  """Log-probabilities of a batch without thoughts; a thought after each of its tokens, by ours and by a peer.
+
+  Tokens are think tokens.
+  """
   model = problem.model(V)
 
   def drawn(params, batch):
@@ -46,10 +53,13 @@ def thoughts(B: int) -> list[Variant]:
     return rollout(model, THOUGHT, params, batch, layout, jax.random.key(1)).thoughts.tokens_BGNJ
 
   plain = lambda params, batch: problem.plain(model)(params, batch)[0]
-  return [
+  found = [
     _variant("plain", model, plain, B, PLAIN, B * T),
     _variant("thoughts", model, drawn, B, THOUGHT, B * T * n),
   ]
+  if peers.installed() and B == 1:
+    found.append(Variant("hugging_face", peers.thoughts(V, B, T, n), tokens=B * T * n, compiled=False))
+  return found
 
 
 def continuations(B: int) -> list[Variant]:

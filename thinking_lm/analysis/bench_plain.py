@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from thinking_lm.analysis import bench_problem as problem
+from thinking_lm.analysis import peers
 from thinking_lm.analysis.bench import Bar, Case, Variant, ratio
 from thinking_lm.analysis.flops import ledger
 from thinking_lm.objectives.objective import ObjectiveConfig
@@ -36,9 +37,18 @@ def cases() -> Iterator[Case]:
     Bar("bfloat16 / float32, the fastest of each", lambda r: _fastest(r, bf16=True) / _fastest(r, bf16=False), 1.0),
   )
   for V, B, T, speed in SHAPES:
-    yield Case(f"V{V}_B{B}_T{T}", lambda V=V, B=B, T=T: list(variants(V, B, T)), bars(speed))
+    held = (*bars(speed), PEER) if peers.installed() else bars(speed)
+    yield Case(f"V{V}_B{B}_T{T}", lambda V=V, B=B, T=T: list(variants(V, B, T)), held)
     yield Case(f"V{V}_B{B}_T{T}_n0", lambda V=V, B=B, T=T: list(nothing(V, B, T)), NOTHING_BARS)
 
+
+PEER = Bar(
+  "Hugging Face's Llama on PyTorch / our fastest float32",
+  lambda r: max(ratio(r, "hugging_face", name) for name in _ours(bf16=False)),
+  0.8,
+  at_most=False,
+)
+"""The bar is that on nanoGPT, a smaller program on the same library."""
 
 NOTHING_BARS = (
   Bar("thinking code with n = 0 / by hand", lambda r: ratio(r, "n0", "by_hand"), 1.03),
@@ -64,7 +74,7 @@ def _fastest(results, bf16: bool) -> float:
 
 
 def variants(V: int, B: int, T: int) -> Iterator[Variant]:
-  """By hand as in many a decoder, by hand with 2-D products and a scan over layers, and ours."""
+  """By hand as in many a decoder, by hand with 2-D products and a scan over layers, ours, and a peer if installed."""
   model, batch = problem.model(V), problem.batch(B, T, V)
   flops = B * ledger(model.config, V, ThoughtConfig(length=0), T, aligned=0, gradient=True).floor
   by_hand = dict(by_hand=problem.written(model), naive=problem.written(model, product=lambda x, w: x @ w, unroll=True))
@@ -75,3 +85,5 @@ def variants(V: int, B: int, T: int) -> Iterator[Variant]:
     model = problem.model(V, **options)
     step, state = problem.train_step(model, problem.plain(model), accumulation)
     yield Variant(name, step, (state, batch), flops, B * T)
+  if peers.installed():
+    yield Variant("hugging_face", peers.train_step(V, B, T), (), flops, B * T, compiled=False)

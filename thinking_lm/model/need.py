@@ -4,14 +4,12 @@ Thoughts never change it, whatever the topology, so that decoding thinks where t
 keeps a cache of real tokens of its own for that.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
-from thinking_lm.model.decoder import Cache, Decoder, Model, Seen
+from thinking_lm.model.decoder import Cache, Decoder, Model
 from thinking_lm.model.readout import entropy
-from thinking_lm.model.thinking import empty_cache, write
+from thinking_lm.model.streams import Streams
 from thinking_lm.thoughts import topology
 from thinking_lm.types import Batch, Params
 
@@ -29,25 +27,13 @@ def _look(decoder: Decoder, batch: Batch):
   return entropy(decoder, hidden[:, 0]), Cache(new.k[:, :, 0], new.v[:, :, 0])
 
 
-class Watched(NamedTuple):
-  """Rows that a watcher has read so far: filled slots of its cache, and which of them each row has."""
-
-  cache: Cache
-  seen_BS: jax.Array
-
-
-def begin(decoder: Decoder, batch: Batch, room: int) -> tuple[jax.Array, Watched]:
-  """(need_BT of prompts, what decoding goes on from); room: tokens that will be added to each row."""
+def begin(decoder: Decoder, batch: Batch, G: int, room: int) -> tuple[jax.Array, Streams]:
+  """(need_BT of prompts, what decoding goes on from); room: tokens that will be added by each of G streams."""
   need_BT, cache = _look(decoder, batch)
-  more = empty_cache(decoder, batch.tokens_BT.shape[0], room)
-  cache = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), cache, more)
-  return need_BT, Watched(cache, jnp.pad(batch.segments_BT > 0, ((0, 0), (0, room))))
+  return need_BT, Streams.begin(decoder, cache, batch.segments_BT > 0, G, room)
 
 
-def follow(decoder: Decoder, watched: Watched, token_B, position_B, slot) -> tuple[jax.Array, Watched]:
-  """(need_B after one more token of each row, the rows with it), which takes `slot` of the cache."""
-  past = Seen(watched.cache, watched.seen_BS[:, None, None])
-  one = jnp.ones((1, 1, 1, 1), bool)
-  hidden, own = decoder(decoder.embed(token_B)[:, None, None], position_B[:, None, None], one, past)
-  seen_BS = watched.seen_BS.at[:, slot].set(True)
-  return entropy(decoder, hidden[:, 0, 0]), Watched(write(watched.cache, own, slot), seen_BS)
+def follow(decoder: Decoder, streams: Streams, token_BG, position_BG, slot_BG) -> tuple[jax.Array, Streams]:
+  """(need_BG after one more token of each stream, the streams with it)."""
+  hidden_BGD, streams = streams.feed(decoder, decoder.embed(token_BG), position_BG, slot_BG)
+  return entropy(decoder, hidden_BGD), streams

@@ -15,8 +15,8 @@ from thinking_lm.thoughts import report
 from thinking_lm.thoughts.mixing import MIXING
 from thinking_lm.thoughts.tokens import log_policy
 
-CHUNK = 8192
-"""Hidden states whose logits a device holds at once."""
+CHUNK = 2**26
+"""Logits that a device holds at once."""
 
 
 def weight(decoder, base_XD, hidden_XD):
@@ -36,8 +36,8 @@ def mixed_logp(decoder, config, base_BXD, hidden_BXD, targets_BX):
   """`target_logp` of the prediction after a thought, mixed with the one without it if the config says so."""
   if config.mixing == "none":
     return target_logp(decoder, hidden_BXD, targets_BX)
-  score = lambda base, hidden, targets: _score(predict(decoder, config, base, hidden), targets)
-  return _chunked(score, base_BXD, hidden_BXD, targets_BX)
+  one = lambda base, hidden, targets: _score(predict(decoder, config, base, hidden), targets)
+  return _chunked(decoder, one, base_BXD, hidden_BXD, targets_BX)
 
 
 def target_logp(decoder, hidden_BXD, targets_BX):
@@ -49,7 +49,7 @@ def target_logp(decoder, hidden_BXD, targets_BX):
     x_BX = decoder.heads["verdict"](hidden_BXD)
     for_BX = jnp.where(targets_BX == 1, x_BX, -x_BX)
     return jax.nn.log_sigmoid(for_BX), for_BX > 0, jax.nn.log_sigmoid(jnp.abs(x_BX))
-  return _chunked(lambda hidden, targets: _score(decoder.logits(hidden), targets), hidden_BXD, targets_BX)
+  return _chunked(decoder, lambda hidden, targets: _score(decoder.logits(hidden), targets), hidden_BXD, targets_BX)
 
 
 def entropy(decoder, hidden_BXD):
@@ -59,7 +59,7 @@ def entropy(decoder, hidden_BXD):
     logp_XV = jax.nn.log_softmax(decoder.logits(hidden))
     return -jnp.sum(jnp.exp(logp_XV) * logp_XV, axis=-1)
 
-  return _chunked(one, hidden_BXD, jnp.zeros(hidden_BXD.shape[:-1], jnp.int32))
+  return _chunked(decoder, one, hidden_BXD, jnp.zeros(hidden_BXD.shape[:-1], jnp.int32))
 
 
 def _score(logits, targets):
@@ -75,66 +75,70 @@ def several_logp(decoder, config, base_BXD, hidden_BXD, tokens_BXI):
     logits = predict(decoder, config, base, hidden)
     return jnp.take_along_axis(jax.nn.log_softmax(logits), tokens, axis=-1)
 
-  return _chunked(one, base_BXD, hidden_BXD, tokens_BXI)
+  return _chunked(decoder, one, base_BXD, hidden_BXD, tokens_BXI)
 
 
-def policy(decoder, config, hidden_BXD, thoughts):
-  """(log pi, entropy) of the think token that follows each hidden state, nats; of the kind, see `tokens.KINDS`."""
+def score(decoder, config, hidden_XD, input_XD, token_X, role_X):
+  """(log pi, entropy) of think tokens, nats [...]: of the kind (`tokens.KINDS`), or of a report's, by their roles."""
   if config.report:
-    role_X = report.roles(thoughts.tokens_BGNJ, config, decoder.stop)
-    return _chunked(
-      lambda h, z, role: report.policy(decoder, h, z, role, config), hidden_BXD, thoughts.tokens_BGNJ, role_X
-    )
-  return _chunked(
-    lambda h, x, z: config.kind_of.policy(decoder, h, x, z, config),
-    *(hidden_BXD, thoughts.inputs_BGNJD, thoughts.tokens_BGNJ),
-  )
+    return report.policy(decoder, hidden_XD, token_X, role_X, config)
+  return config.kind_of.policy(decoder, hidden_XD, input_XD, token_X, config)
+
+
+def policy(decoder, config, hidden_BXD, thoughts, known=None):
+  """`score` of the think token that follows each hidden state [B, ..., n, D].
+
+  Args:
+    known: it, if it was computed when the tokens were drawn: the gradient alone goes through the logits then.
+  """
+  role_X = report.roles(thoughts.tokens_BGNJ, config, decoder.stop) if config.report else thoughts.tokens_BGNJ
+  graph, params = nnx.split(decoder)
+  drawn = (thoughts.inputs_BGNJD, thoughts.tokens_BGNJ, role_X)
+  if known is None:
+    return _policy(graph, config, params, hidden_BXD, drawn)
+  return _known_policy(graph, config, params, hidden_BXD, drawn, known)
+
+
+def _policy(graph, config, params, hidden_BXD, drawn):
+  decoder = nnx.merge(graph, params)
+  return _chunked(decoder, functools.partial(score, decoder, config), hidden_BXD, *drawn)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _known_policy(graph, config, params, hidden_BXD, drawn, known):
+  """`known`, as the function of `params` and `hidden` that it is."""
+  del graph, config, params, hidden_BXD, drawn
+  return known
+
+
+def _known_forward(graph, config, params, hidden_BXD, drawn, known):
+  del graph, config
+  return known, (params, hidden_BXD, drawn)
+
+
+def _known_backward(graph, config, saved, cotangent):
+  params, hidden_BXD, drawn = saved
+  one = lambda params, hidden_BXD: _policy(graph, config, params, hidden_BXD, drawn)
+  return *jax.vjp(one, params, hidden_BXD)[1](cotangent), None, None
+
+
+_known_policy.defvjp(_known_forward, _known_backward)
 
 
 def token_policy(decoder, config, hidden_BXD, tokens_BX):
   """(log pi, entropy) of real tokens that are drawn at the policy's temperature, nats [B, ...]."""
   one = lambda hidden, tokens: log_policy(decoder.logits(hidden), tokens, config.temperature)
-  return _chunked(one, hidden_BXD, tokens_BX)
+  return _chunked(decoder, one, hidden_BXD, tokens_BX)
 
 
-def drawn_policy(decoder, config, hidden_XD, tokens_X, logits_XV):
-  """`policy` of tokens that were drawn from logits which are there: its gradient alone computes them again."""
-  graph, params = nnx.split(decoder)
-  logits_XV = _known_logits(graph, config.may_stop, params, hidden_XD, logits_XV)
-  return log_policy(logits_XV, tokens_X, config.temperature)
+def _chunk(B: int, rows: int) -> int:
+  """States of each of B rows whose logits, over so many rows of the table, are held at once."""
+  states = max(1, CHUNK // rows)
+  return max(1, states * sharding.ways("batch") // B) * sharding.ways("length")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _known_logits(graph, stop: bool, params, hidden, logits):
-  """`logits`, as the function of `params` and `hidden` that they are."""
-  del graph, stop, params, hidden
-  return logits
-
-
-def _known_forward(graph, stop, params, hidden, logits):
-  del graph, stop
-  return logits, (params, hidden)
-
-
-def _known_backward(graph, stop, saved, cotangent):
-  return *jax.vjp(lambda params, hidden: nnx.merge(graph, params).logits(hidden, stop=stop), *saved)[1](cotangent), None
-
-
-_known_logits.defvjp(_known_forward, _known_backward)
-
-
-def fits(B: int, X: int) -> bool:
-  """Whether the logits of X states in each of B rows are held at once."""
-  return _chunk(B) >= X
-
-
-def _chunk(B: int) -> int:
-  """States of each of B rows whose logits are held at once."""
-  return max(1, CHUNK * sharding.ways("batch") // B) * sharding.ways("length")
-
-
-def _chunked(function, hidden_BXD, *others):
-  """function over the states of all rows, rematerialised, at most CHUNK states of a device at a time.
+def _chunked(decoder, function, hidden_BXD, *others):
+  """function over the states of all rows, rematerialised, at most CHUNK logits of a device at a time.
 
   A chunk holds states of every row, and from the whole length of each, so that what is split between devices stays
   where it is. The other arrays have the axes [B, ...] of the states, and any after them; so may the results.
@@ -142,9 +146,9 @@ def _chunked(function, hidden_BXD, *others):
   leading = hidden_BXD.shape[:-1]
   flat = [a.reshape(leading[0], -1, *a.shape[len(leading) :]) for a in (hidden_BXD, *others)]
   B, X = flat[0].shape[:2]
-  chunk = _chunk(B)
+  chunk = _chunk(B, decoder.embedding.shape[0])
   function = jax.checkpoint(function)
-  if fits(B, X):
+  if chunk >= X:
     results = function(*(_split(a, 0) for a in flat))
   else:
     pad = lambda a: jnp.pad(a, [(0, 0), (0, -X % chunk)] + [(0, 0)] * (a.ndim - 2))

@@ -17,9 +17,9 @@ from flax import nnx
 from thinking_lm.model import readout
 from thinking_lm.model.decoder import ACTIVATIONS, DTYPES, Cache, Decoder, Seen
 from thinking_lm.model.layers import MASKED, Keys
-from thinking_lm.model.thinking import think
+from thinking_lm.model.thinking import emit, think
 from thinking_lm.sharding import constrain
-from thinking_lm.thoughts.tokens import chosen
+from thinking_lm.thoughts import report
 
 
 class Pass(NamedTuple):
@@ -39,15 +39,16 @@ class Pass(NamedTuple):
 class Draft(NamedTuple):
   """What drawing leaves in P streams of J slots, written in place one slot at a time.
 
-  k, v: keys and values, as batches of small matrices. inputs: of every layer. end: after the last layer. logits: that
-  the n think tokens were drawn from; None where they are no ids, or too many to keep.
+  k, v: keys and values, as batches of small matrices. inputs: of every layer. end: after the last layer. logp, entropy:
+  of the policy that the n think tokens were drawn from.
   """
 
   k_LBKPJE: jax.Array
   v_LBKPJE: jax.Array
   inputs_LJBPD: jax.Array
   end_JBPD: jax.Array
-  logits_nBPV: jax.Array | None
+  logp_nBP: jax.Array
+  entropy_nBP: jax.Array
 
   @property
   def cache(self) -> Cache:
@@ -78,11 +79,9 @@ def draw(decoder: Decoder, config, x_B1TD, gather, positions_BPX, keys_BP, facts
   (B, P, D), J, c = anchor_BPD.shape, config.slots, decoder.config
   L, K, E, dtype = c.layers, c.resolved_kv_heads, c.resolved_head_width, DTYPES[c.compute_dtype]
   empty = lambda *shape: jnp.zeros(shape, dtype)
-  make, logits_nBPV = None, None
-  if config.kind_of.discrete and not config.report and readout.fits(B, config.length * P):
-    make = functools.partial(_make, decoder, config)
-    logits_nBPV = jnp.zeros((config.length, B, P, decoder.embedding.shape[0]), jnp.float32)
-  draft = Draft(empty(L, B, K, P, J, E), empty(L, B, K, P, J, E), empty(L, J, B, P, D), empty(J, B, P, D), logits_nBPV)
+  slots = (empty(L, B, K, P, J, E), empty(L, B, K, P, J, E), empty(L, J, B, P, D), empty(J, B, P, D))
+  draft = Draft(*slots, *(jnp.zeros((config.length, B, P), jnp.float32) for _ in range(2)))
+  make = functools.partial(_make, decoder, config)
   heads_first = Cache(*(jnp.moveaxis(a[:, :, 0], -2, 2) for a in prefix))
   run = functools.partial(_slot, decoder, heads_first, facts.prefix_BP1T[:, :, 0], positions_BPX)
   _, thoughts, draft = think(decoder, config, anchor_BPD, None, keys_BP, None, None, run=run, memory=draft, make=make)
@@ -90,11 +89,13 @@ def draw(decoder: Decoder, config, x_B1TD, gather, positions_BPX, keys_BP, facts
 
 
 def _make(decoder, config, hidden_BPD, keys_BP, i, progress, draft: Draft):
-  """(input_BPD, token_BP) of think token i, and the draft with the logits that it is drawn from."""
-  del progress  # of reports
-  logits_BPV = decoder.logits(hidden_BPD, stop=config.may_stop)
-  logits_nBPV = jax.lax.dynamic_update_index_in_dim(draft.logits_nBPV, logits_BPV, i, axis=0)
-  return *chosen(decoder, logits_BPV, keys_BP, config), draft._replace(logits_nBPV=logits_nBPV)
+  """(input_BPD, token_BP) of think token i, and the draft with its score (XLA computes the logits of both once)."""
+  x_BPD, token_BP = emit(decoder, config, hidden_BPD, keys_BP, i, progress)
+  role_BP = report.role(i, progress.first_X, config) if config.report else None
+  scores = readout.score(decoder, config, hidden_BPD, x_BPD, token_BP, role_BP)
+  put = lambda a_nBP, b_BP: jax.lax.dynamic_update_index_in_dim(a_nBP, b_BP, i, axis=0)
+  logp_nBP, entropy_nBP = map(put, (draft.logp_nBP, draft.entropy_nBP), scores)
+  return x_BPD, token_BP, draft._replace(logp_nBP=logp_nBP, entropy_nBP=entropy_nBP)
 
 
 def _slot(decoder, past: Cache, prefix_BPT, positions_BPX, x_BPD, j, draft: Draft):

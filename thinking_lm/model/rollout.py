@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from thinking_lm.model import behind, replay
 from thinking_lm.model.decoder import Model, Seen
 from thinking_lm.model.jacobi import stream_iterated
-from thinking_lm.model.readout import drawn_policy, mixed_logp, policy, several_logp, target_logp, token_policy, weight
+from thinking_lm.model.readout import mixed_logp, policy, several_logp, target_logp, token_policy, weight
 from thinking_lm.model.serial import stream_serial
 from thinking_lm.model.thinking import empty_cache, think
 from thinking_lm.thoughts import answer, halting, relaxed, report, topology
@@ -170,9 +170,9 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
   facts = replay.Pass(batch.positions_BT[:, None], mask, tile(plan.positions_BNX), None, prefix_BP1T)
   inputs = (decoder.embed(batch.tokens_BT)[:, None], anchors, ahead_BPAD, keys_BP, facts)
   if given is None and drawer is not None:
-    (base_B1TD, hidden_BPXD), thoughts, prefix, logits_nBPV = _drawn(decoder, drawer, config, *inputs)
+    (base_B1TD, hidden_BPXD), thoughts, prefix, scores = _drawn(decoder, drawer, config, *inputs)
   else:
-    (base_B1TD, hidden_BPXD), thoughts, prefix, logits_nBPV = _made(decoder, config, *inputs, given)
+    (base_B1TD, hidden_BPXD), thoughts, prefix, scores = _made(decoder, config, *inputs, given)
   anchor_BPD = anchors(base_B1TD)
   base_logp_BT, base_hit_BT, base_top_BT = target_logp(decoder, base_B1TD[:, 0], batch.targets_BT)
 
@@ -187,7 +187,7 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
   hit_BGT = put(base_hit_BT, hit_BGNM[..., 0], layout.anchors_BN)
   outcome_BGN = jnp.sum(logp_BGNM * weights_BNM[:, None], axis=-1)
   thoughts = jax.tree.map(split, thoughts)
-  policy = _policy(decoder, config, split(anchor_BPD), split(hidden_BPXD[:, :, :J]), thoughts, logits_nBPV)
+  policy = _policy(decoder, config, split(anchor_BPD), split(hidden_BPXD[:, :, :J]), thoughts, scores)
   policy = _answered(decoder, config, policy, end_BP1D, hidden_BPXD, thoughts.answer_BGNA)
   trace = _trace(decoder, config, batch, layout, thoughts, policy, logp_BGT, hit_BGT, outcome_BGN)
   unit_BN = jnp.broadcast_to(jnp.arange(N), (B, N))
@@ -235,7 +235,7 @@ def _drawn(decoder, drawer, config, x_B1TD, anchors, ahead_BPAD, keys_BP, facts)
 
   Returns:
     ((hidden_B1TD of the real tokens, hidden_BPXD of think slots and look-ahead tokens), Thoughts [B, P, ...], Cache of
-    the real tokens, without gradient, logits_nBPV that think tokens were drawn from, where they were kept).
+    the real tokens, without gradient, log pi and entropy of the think tokens as they were drawn, nats [n, B, P]).
   """
   x, A = jax.lax.stop_gradient(x_B1TD), ahead_BPAD.shape[2]
   drawn, end_B1TD, prefix, base, draft = replay.draw(drawer, config, x, anchors, facts.positions_BPX, keys_BP, facts)
@@ -253,11 +253,11 @@ def _drawn(decoder, drawer, config, x_B1TD, anchors, ahead_BPAD, keys_BP, facts)
   slots_BPXD = jnp.concatenate([_wrap(decoder, config, thoughts), ahead_BPAD], axis=2)
   kept = replay.Kept(base, draft.inputs_LJBPD, ahead_inputs)
   hidden = replay.replayed(decoder, x_B1TD, slots_BPXD, facts, kept, (end_B1TD, end_BPXD))
-  return hidden, thoughts, prefix, draft.logits_nBPV
+  return hidden, thoughts, prefix, (draft.logp_nBP, draft.entropy_nBP)
 
 
 def _made(decoder, config, x_B1TD, anchors, ahead_BPAD, keys_BP, facts, given):
-  """The same for thoughts that are given, or made with gradients through every step; no logits are kept."""
+  """The same for thoughts that are given, or made with gradients through every step; not scored yet."""
   base_B1TD, prefix = decoder(x_B1TD, facts.positions_B1T, facts.mask_B1TT)
   streams = (anchors(base_B1TD), ahead_BPAD, facts.positions_BPX, keys_BP, facts.past(prefix), given)
   hidden_BPXD, thoughts = _side_by_side(decoder, config, *streams)
@@ -297,22 +297,19 @@ def _learned(decoder, config, anchor_BPD, hidden_BPJD, readout_BPMD, targets_BPM
   return mixed | dict(exit_logp_BGNK=exit_logp_BPK, exit_outcome_BGNK=logp_BPK * tile(weights_BPM[..., 0]))
 
 
-def _policy(decoder, config, anchor_BGND, think_BGNJD, thoughts, logits_nBPV=None):
+def _policy(decoder, config, anchor_BGND, think_BGNJD, thoughts, scores=None):
   """(log pi(z | x), mean entropy) of each thought [B, G, N], log pi by token, which tokens; None without a policy.
 
   Args:
-    logits_nBPV: that the tokens were drawn from, if they were kept.
+    scores: (log pi, entropy) as they were drawn, [n, B, G N].
   """
   if not config.length or not config.kind_of.policy:
     return None
   before = jnp.concatenate([anchor_BGND[..., None, :], think_BGNJD], axis=-2)
   before = before[..., config.opening : config.opening + config.length, :]
-  if logits_nBPV is None:
-    logp_BGNJ, entropy_BGNJ = policy(decoder, config, before, thoughts)
-  else:
-    before, tokens = jnp.moveaxis(before, 3, 0), jnp.moveaxis(thoughts.tokens_BGNJ, 3, 0)  # the logits stay in place
-    scored = drawn_policy(decoder, config, before, tokens, logits_nBPV.reshape(*before.shape[:-1], -1))
-    logp_BGNJ, entropy_BGNJ = (jnp.moveaxis(a, 0, 3) for a in scored)
+  if scores is not None:
+    scores = tuple(jnp.moveaxis(a_nBP, 0, -1).reshape(before.shape[:-1]) for a_nBP in scores)
+  logp_BGNJ, entropy_BGNJ = policy(decoder, config, before, thoughts, scores)
   chosen_BGNJ = config.chosen(config.used(thoughts, decoder.stop))
   logp_BGNJ, entropy_BGNJ = (jnp.where(chosen_BGNJ, a, 0.0) for a in (logp_BGNJ, entropy_BGNJ))
   entropy_BGN = entropy_BGNJ.sum(axis=-1) / jnp.maximum(chosen_BGNJ.sum(axis=-1), 1)

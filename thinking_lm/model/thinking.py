@@ -1,14 +1,13 @@
-"""Thinking step by step: one thought, and one block of a persistent stream as decoding runs it.
+"""Thinking step by step: a private thought, with gradients through the whole chain.
 
-Private thoughts are made here, and gradients flow through the whole chain; persistent streams are trained and scored in
-`model/serial.py`.
+Persistent streams are trained and scored in `model/serial.py`, and decoding goes its own way (`model/generate.py`).
 """
 
 import jax
 import jax.numpy as jnp
 
 from thinking_lm.model.decoder import DTYPES, Cache, Decoder, Seen
-from thinking_lm.thoughts import halting, report, topology
+from thinking_lm.thoughts import halting, report
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.thoughts.tokens import fold
 from thinking_lm.types import Thoughts
@@ -22,7 +21,6 @@ def think(
   keys_BP,
   past: Seen | None,
   own: Seen | None,
-  wanted_BP=None,
   run=None,
   memory=None,
   make=None,
@@ -33,8 +31,6 @@ def think(
     hidden_BPD: hidden state of each anchor.
     past: keys that all streams share, mask [B, P or 1, 1, S].
     own: keys of each stream, of which the last J slots are free for the thought; mask [B, P, 1, W - J] of the others.
-    wanted_BP: bool, for decoding: steps are run until each of these thoughts has ended. None: all n steps are run,
-      which gradients can flow through.
     run, memory: another way to run slot j: (x_BPD, j, memory) -> (hidden_BPD, memory), in place of `positions_BPJ`,
       `past` and `own`.
     make: another way to make think token i: (hidden_BPD, keys_BP, i, progress, memory) -> (x_BPD, token_BP, memory).
@@ -64,8 +60,7 @@ def think(
   if config.delimiters:
     hidden, cache = control(decoder.start, 0, cache)
     around[0].append(hidden[:, :, None])
-  wanted_BP = wanted_BP if config.may_end else None
-  (hidden, cache, progress), made = _steps(step, (hidden, cache, progress), n, decoder.stop, wanted_BP)
+  (hidden, cache, progress), made = jax.lax.scan(step, (hidden, cache, progress), jnp.arange(n))
   states, inputs, tokens = made
   if config.closing:
     hidden, cache = control(decoder.stop, J - 1, cache)
@@ -105,74 +100,8 @@ def emit(decoder, config, hidden_XD, keys_X, i, progress):
   return config.kind_of.step(decoder, hidden_XD, keys_X, config)
 
 
-def _steps(step, carry, n, stop, wanted_BP):
-  """Scans `step` over 0 ... n - 1; with `wanted_BP` only until all these have ended (the rest reads `stop`)."""
-  if wanted_BP is None:
-    return jax.lax.scan(step, carry, jnp.arange(n))
-  shapes = jax.eval_shape(lambda carry: step(carry, 0)[1], carry)
-  states, inputs, tokens = (jnp.zeros((n, *a.shape), a.dtype) for a in shapes)
-
-  def going(loop):
-    i, (_, _, progress), _ = loop
-    return (i < n) & jnp.any(wanted_BP & progress.going_X)
-
-  def body(loop):
-    i, carry, made = loop
-    carry, new = step(carry, i)
-    return i + 1, carry, jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, i, axis=0), made, new)
-
-  start = (jnp.zeros((), jnp.int32), carry, (states, inputs, jnp.full_like(tokens, stop)))
-  return jax.lax.while_loop(going, body, start)[1:]
-
-
-def block(decoder: Decoder, config, past: Seen, x_BCD, segments_BW, positions_BW, keys_B, wanted_B):
-  """One block of a persistent stream: C real tokens at once, then the J slots of a thought one by one.
-
-  Args:
-    past: the cache of earlier blocks, mask [B, 1, W, S]. It is read and never changed.
-    x_BCD: inputs of the real slots. segments_BW, positions_BW: documents (0 for empty slots) and rotary positions.
-    keys_B: random keys of the thought, or None.
-    wanted_B: bool, who thinks. When nobody does, the think slots are zeros, and a thought ends when all who think have.
-
-  Returns:
-    (own cache [L, B, 1, W, K, E], hidden_BWD, Thoughts [B, ...]).
-  """
-  C, J, W = x_BCD.shape[1], config.slots, segments_BW.shape[1]
-  mask = topology.sees(segments_BW, segments_BW, jnp.arange(W), jnp.arange(W))
-  real_B1CD, new = decoder(
-    x_BCD[:, None], positions_BW[:, None, :C], mask[:, :, :C, :C], Seen(past.cache, past.mask_BPQS[:, :, :C])
-  )
-  own = jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * 3 + [(0, J), (0, 0), (0, 0)]), new)
-  # Padding may stand between documents: the last real slot is found by its place and not by counting.
-  last_B = jnp.max(jnp.where(segments_BW[:, :C] > 0, jnp.arange(C), 0), axis=1)
-  anchor_B1D = jnp.take_along_axis(real_B1CD[:, 0], last_B[:, None, None], axis=1)
-
-  def thinking(own):
-    seen = Seen(past.cache, past.mask_BPQS[:, :, -1:])
-    keys_B1 = None if keys_B is None else keys_B[:, None]
-    own = Seen(own, mask[:, :, -1:, :C])
-    positions_B1J = positions_BW[:, None, C:]
-    hidden, thoughts, own = think(
-      decoder, config, anchor_B1D, positions_B1J, keys_B1, seen, own, wanted_BP=wanted_B[:, None]
-    )
-    return own, jnp.concatenate([real_B1CD, hidden], axis=2)[:, 0], jax.tree.map(lambda a: a[:, 0], thoughts)
-
-  shapes = jax.eval_shape(thinking, own)
-  skipped = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-
-  def skipping(own):
-    return own, skipped[1].at[:, :C].set(real_B1CD[:, 0]), *skipped[2:]
-
-  return jax.lax.cond(jnp.any(wanted_B), thinking, skipping, own)
-
-
 def empty_cache(decoder: Decoder, *slots: int) -> Cache:
   """A cache [L, *slots, K, E] that nothing has been written to."""
   c = decoder.config
   shape = (c.layers, *slots, c.resolved_kv_heads, c.resolved_head_width)
   return Cache(*(jnp.zeros(shape, DTYPES[c.compute_dtype]) for _ in range(2)))
-
-
-def write(cache: Cache, own: Cache, start) -> Cache:
-  """The cache with a block's keys and values [L, B, 1, W, K, E] at slots start ... start + W - 1."""
-  return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b[:, :, 0], start, axis=2), cache, own)

@@ -97,18 +97,21 @@ class Progress(NamedTuple):
   first_X: jax.Array | None = None
 
 
-def begin(model, config, hidden_XD, keys_X) -> Progress:
-  """At the anchors, whose hidden states these are.
+def fresh(config, shape, keys_X) -> Progress:
+  """Before the first think token, of thoughts of any shape. keys_X: their random keys; None where no end is drawn.
 
   A level drawn uniformly ends a thought after j tokens with probability p_j; a constant one makes no draw.
   """
-  shape = hidden_XD.shape[:-1]
   level_X = jnp.full(shape, 1 - (config.stop_at or 0.5))
-  if config.draws_end:
+  if config.draws_end and keys_X is not None:
     level_X = jax.vmap(jax.random.uniform)(fold(keys_X, config.length).reshape(-1)).reshape(shape)
   first_X = jnp.full(shape, config.free) if config.report else None
-  fresh = Progress(jnp.ones(shape, bool), jnp.ones(shape), level_X, jnp.zeros(shape, jnp.int32), first_X)
-  return reached(model, config, fresh, hidden_XD, 0)
+  return Progress(jnp.ones(shape, bool), jnp.ones(shape), level_X, jnp.zeros(shape, jnp.int32), first_X)
+
+
+def begin(model, config, hidden_XD, keys_X) -> Progress:
+  """At the anchors, whose hidden states these are."""
+  return reached(model, config, fresh(config, hidden_XD.shape[:-1], keys_X), hidden_XD, 0)
 
 
 def drawn(model, config, progress: Progress, token_X, i) -> Progress:

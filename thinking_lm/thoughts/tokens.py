@@ -20,13 +20,13 @@ import jax.numpy as jnp
 
 
 def fold(keys_X, i):
-  """Random keys of think token i from those of thoughts, of any shape; None if they are."""
+  """Random keys of think token i, one number or one each, from those of thoughts, of any shape; None if they are."""
   if keys_X is None:
     return None
   one = jax.random.fold_in
   for _ in range(keys_X.ndim):
-    one = jax.vmap(one, (0, None))
-  return one(keys_X, i)
+    one = jax.vmap(one)
+  return one(keys_X, jnp.broadcast_to(i, keys_X.shape))
 
 
 def pause(model, hidden_XD, keys_X, config):
@@ -81,12 +81,7 @@ def gumbel(model, hidden_XD, keys_X, config):
 
 def sampled(model, hidden_XD, keys_X, config):
   """A token drawn from softmax(logits / temperature); the most likely one at temperature 0. STOP, if it may halt."""
-  return chosen(model, model.logits(hidden_XD, stop=config.may_stop), keys_X, config)
-
-
-def chosen(model, logits_XV, keys_X, config):
-  """What `sampled` gives, from the logits of its hidden state."""
-  token_X = draw(logits_XV, keys_X, config.temperature)
+  token_X = draw(model.logits(hidden_XD, stop=config.may_stop), keys_X, config.temperature)
   return model.embed(token_X), token_X
 
 

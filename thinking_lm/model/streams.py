@@ -1,0 +1,37 @@
+"""Decoding's cache: prompts, each shared by the streams that go on from it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from thinking_lm.model.decoder import Cache, Decoder, Seen
+from thinking_lm.model.thinking import empty_cache
+
+
+class Streams(NamedTuple):
+  """B prompts and G streams that go on from each, every one at a place of its own.
+
+  prompt: keys of the prompts, mask_BPQS [B, 1, 1, T]. cache: of what the streams have added, [L, B, G, S, K, E].
+  """
+
+  prompt: Seen
+  cache: Cache
+
+  @classmethod
+  def begin(cls, decoder: Decoder, cache: Cache, seen_BT, G: int, room: int) -> "Streams":
+    """Streams that have added nothing to prompts (cache [L, B, T, K, E]) and have room for so many inputs."""
+    return cls(Seen(cache, seen_BT[:, None, None]), empty_cache(decoder, seen_BT.shape[0], G, room))
+
+  def feed(self, decoder: Decoder, x_BGD, positions_BG, slot_BG) -> tuple[jax.Array, "Streams"]:
+    """Feeds every stream one input, which sees the prompt and the slots before its own.
+
+    Returns (hidden_BGD, the streams with it in `slot_BG`, whatever stood there).
+    """
+    before_BGS = jnp.arange(self.cache.k.shape[3]) < slot_BG[..., None]
+    own, itself = Seen(self.cache, before_BGS[:, :, None]), jnp.ones((1, 1, 1, 1), bool)
+    hidden, new = decoder(x_BGD[:, :, None], positions_BG[..., None], itself, self.prompt, own)
+    put = lambda old, new, slot: jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=1)
+    put = jax.vmap(jax.vmap(put, (1, 1, 0), 1), (1, 1, 0), 1)
+    cache = jax.tree.map(lambda old, new: put(old, new, slot_BG), self.cache, new)
+    return hidden[:, :, 0], self._replace(cache=cache)
