@@ -12,8 +12,8 @@ from tests.model import problem
 from tests.model.problem import BATCH, TIED, UNTIED
 from thinking_lm.config import parse
 from thinking_lm.errors import ConfigError
+from thinking_lm.model.attention import BACKENDS, MASKED
 from thinking_lm.model.decoder import DTYPES, REMAT, Model, ModelConfig
-from thinking_lm.model.layers import MASKED
 from thinking_lm.model.rollout import rollout
 from thinking_lm.thoughts.placement import place
 from thinking_lm.thoughts.spec import ThoughtConfig
@@ -116,6 +116,24 @@ def test_query_blocks_change_no_numbers(thought):
   np.testing.assert_allclose(one, three, rtol=1e-6)
   for left, right in zip(jax.tree.leaves(gradient), jax.tree.leaves(other), strict=True):
     np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5 * np.abs(right).max())
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "einsum"])
+@pytest.mark.parametrize(
+  "thought",
+  [
+    ThoughtConfig(kind="pause", length=2),
+    ThoughtConfig(kind="sampled", length=2, topology="private", lookahead=2, samples=2, delimiters=True),
+  ],
+  ids=lambda thought: f"{thought.topology}-{thought.kind}",
+)
+def test_backends_of_attention_change_no_numbers(thought, backend):
+  arguments = (problem.params(UNTIED), BATCH, problem.layout(), problem.cotangents(thought))
+  other = dataclasses.replace(UNTIED, attention=backend, attention_chunk=3)
+  (number, _), gradient = problem.compiled(UNTIED, thought)(*arguments)
+  (same, _), found = problem.compiled(other, thought)(*arguments)
+  np.testing.assert_allclose(same, number, rtol=1e-5)
+  assert problem.relative(found, gradient) < 1e-5
 
 
 def saved_bytes(remat):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from thinking_lm.model.layers import MASKED
+from thinking_lm.model.attention import MASKED
 from thinking_lm.thoughts import tokens
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.thoughts.tokens import KINDS, draw, log_policy

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from thinking_lm.config import option, pick
+from thinking_lm.model.attention import BACKENDS, CHUNK, MASKED, Keys, attention
 from thinking_lm.model.heads import HEADS
-from thinking_lm.model.layers import MASKED, Keys, RMSNorm, attention, matmul, parameter, rotate
+from thinking_lm.model.layers import RMSNorm, matmul, parameter, rotate
 from thinking_lm.sharding import constrain
 from thinking_lm.types import Params
 
@@ -51,6 +52,14 @@ class ModelConfig:
     choices=("identity", "linear"),
   )
   compute_dtype: str = option("float32", "type of activations and matrix products", choices=DTYPES)
+  attention: str = option(
+    "einsum",
+    "how attention is computed, of every call of the decoder (passes over many slots, decoding, the backward pass of "
+    "private drawn thoughts); drawing these slot by slot and training serial persistent streams have products of their "
+    "own",
+    choices=BACKENDS,
+  )
+  attention_chunk: int = option(CHUNK, "keys that attention by chunks scores at a time", low=1)
   query_blocks: int = option(1, "attention in so many blocks of queries, which skip the keys after them", low=1)
   unroll: int = option(1, "layers of one loop body: more are faster on a CPU without remat, and compile longer", low=1)
   remat: str = option("none", "what the backward pass recomputes", choices=REMAT)
@@ -122,7 +131,8 @@ class Layer(nnx.Module):
     """Returns (x_BPQD, (k_BPQKE, v_BPQKE)): the new activations and this call's own keys and values."""
     q, k, v = self.project(x_BPQD, positions_BPQ)
     seen = [keys for keys in (past, own) if keys is not None]
-    mixed = attention(q, [*seen, Keys(k, v, mask_BPQQ)], self.config.query_blocks)
+    c = self.config
+    mixed = attention(q, [*seen, Keys(k, v, mask_BPQQ)], c.attention, c.query_blocks, c.attention_chunk)
     return self.complete(x_BPQD, mixed), (k, v)
 
   def product(self, name: str, x):

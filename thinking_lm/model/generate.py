@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from thinking_lm.model import need
+from thinking_lm.model.attention import MASKED
 from thinking_lm.model.decoder import Cache, Decoder, Model
-from thinking_lm.model.layers import MASKED
 from thinking_lm.model.readout import predict
 from thinking_lm.model.serial import stream_serial
 from thinking_lm.model.streams import Streams

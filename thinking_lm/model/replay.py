@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from thinking_lm.model import readout
+from thinking_lm.model.attention import MASKED, Keys
 from thinking_lm.model.decoder import ACTIVATIONS, DTYPES, Cache, Decoder, Seen
-from thinking_lm.model.layers import MASKED, Keys
 from thinking_lm.model.thinking import emit, think
 from thinking_lm.sharding import constrain
 from thinking_lm.thoughts import report
@@ -121,7 +121,7 @@ def _slot(decoder, past: Cache, prefix_BPT, positions_BPX, x_BPD, j, draft: Draf
 
 
 def _attend(q_BPHE, past: Cache, prefix_BPT, own: Cache, j):
-  """`layers.attention` of one slot in each stream: past keys [B, K, T, E], own keys [B, K, P, J, E] up to slot j.
+  """`attention.attention` of one slot in each stream: past keys [B, K, T, E], own keys [B, K, P, J, E] up to slot j.
 
   Own keys are small matrices [J, E] even for one query: elementwise products and sums are 100 times slower on a CPU.
   """

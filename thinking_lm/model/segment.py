@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from thinking_lm.model.attention import MASKED
 from thinking_lm.model.decoder import DTYPES, Cache, Decoder, axes
-from thinking_lm.model.layers import MASKED
 from thinking_lm.model.thinking import emit
 from thinking_lm.sharding import constrain, gathered
 from thinking_lm.thoughts import halting, topology
