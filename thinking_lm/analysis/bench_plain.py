@@ -13,6 +13,8 @@ SHAPES = ((256, 16, 256, 1.8), (32_000, 4, 256, 1.3))
 """V, B, T, and the bar on the speed over `naive`. A decoder that multiplies activations [B, T, D] by weights as they
 are was as fast as nanodo (2,188 and 2,207 tokens/s at the first shape), whose place it takes here."""
 
+CHUNKED = dict(attention="chunked")
+
 OPTIONS = dict(
   ours=({}, 1),
   ours_remat=(dict(remat="full"), 1),
@@ -24,12 +26,17 @@ OPTIONS = dict(
 )
 """Options of the model, and the number of micro-batches."""
 
+BACKENDS = dict(
+  einsum={}, einsum_blocks=dict(query_blocks=4), chunked=CHUNKED, chunked_blocks=CHUNKED | dict(query_blocks=4)
+)
+"""Options of the model that say how attention is computed."""
+
 NOTHING = ThoughtConfig(placement="every", topology="private", kind="sampled", length=0)
 """Every token could be followed by a thought, of no tokens."""
 
 
 def cases() -> Iterator[Case]:
-  """Our step in its options, against a naive step and one written by hand; then what n = 0 costs."""
+  """Our step in its options, against a naive and a hand-written one; what n = 0 costs; backends of attention."""
   bars = lambda speed: (
     Bar(
       "naive / our fastest float32", lambda r: max(ratio(r, "naive", name) for name in _ours(bf16=False)), speed, False
@@ -40,6 +47,18 @@ def cases() -> Iterator[Case]:
     held = (*bars(speed), PEER) if peers.installed() else bars(speed)
     yield Case(f"V{V}_B{B}_T{T}", lambda V=V, B=B, T=T: list(variants(V, B, T)), held)
     yield Case(f"V{V}_B{B}_T{T}_n0", lambda V=V, B=B, T=T: list(nothing(V, B, T)), NOTHING_BARS)
+
+  for B, T in ((8, 256), (1, 2048)):
+    yield Case(f"attention_B{B}_T{T}", lambda B=B, T=T: list(backends(B, T)))
+
+
+def backends(B: int, T: int) -> Iterator[Variant]:
+  """The gradient of the plain loss by backend of attention, with a vocabulary that costs little."""
+  for name, options in BACKENDS.items():
+    model = problem.model(512, **options)
+    flops = B * ledger(model.config, 512, ThoughtConfig(length=0), T, aligned=0, gradient=True).floor
+    step = problem.gradient(problem.plain(model))
+    yield Variant(name, step, (problem.params(model), problem.batch(B, T, 512)), flops, B * T)
 
 
 PEER = Bar(

@@ -25,9 +25,9 @@ class Ledger:
   base: layers over the real tokens. think: layers over think slots and look-ahead. readout: the head, for targets and
   for the log-probabilities of drawn thoughts. draw: making think tokens (logits and mixtures), and for persistent
   rescored kinds the whole drawing pass, for parallel iterations all passes but the last. backward: the gradient, with
-  what remat "full", the head and `model.replay` compute again (not the attention scores that "dots" recomputes); 0 for
-  a forward pass. A call so small that it keeps the logits of private thoughts that it draws (`readout.fits`) does
-  without the second head for their log-probabilities: that is not taken off.
+  what remat "full", the head and `model.replay` compute again (not the attention scores that "dots" does, and all
+  backends of attention but einsum); 0 for a forward pass. A call so small that it keeps the logits of private thoughts
+  that it draws (`readout.fits`) does without the second head for their log-probabilities: that is not taken off.
   """
 
   base: float

@@ -48,11 +48,12 @@ FREE_KEYS = (
   "checkpoint.",
   "evaluation.",
   "mesh.",
+  "model.attention",
 )
 """Config keys, or whole sections, that may change when a run is continued: they do not change what is computed, apart
-from how long, and from rounding when the devices or micro-batches differ. (`optimizer.changed_rates` sees to it that
-more steps change no rate of a finished one.) Where the data lies may change, what it says
-may not: every checkpoint holds the data's digest."""
+from how long, and from rounding when the devices, the micro-batches or the backend of attention differ.
+(`optimizer.changed_rates` sees to it that more steps change no rate of a finished one.) Where the data lies may change,
+what it says may not: every checkpoint holds the data's digest."""
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ml-collections", "etils")
 
