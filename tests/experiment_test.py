@@ -152,6 +152,20 @@ def test_the_mesh_is_checked_with_everything_else():
   assert experiment.parse(config).train.batch_size == 12, "a config may be looked at on other devices"
 
 
+def test_a_backend_of_attention_runs_here_or_is_refused_before_anything_is_allocated():
+  config = experiment.default_config()
+  for backend, wanted in (("splash", "tpu"), ("cudnn", "gpu")):
+    config.model.attention, config.model.compute_dtype = backend, "bfloat16"
+    with pytest.raises(ConfigError, match=f"{backend}' runs on {wanted} only, this job has cpu: use einsum, chunked"):
+      experiment.parse(config, here=True)
+    elsewhere = experiment.parse(config).model
+    assert elsewhere.attention == backend, "a config may be looked at on other devices"
+    assert elsewhere.runnable("cpu").attention == "chunked" and elsewhere.runnable(wanted) is elsewhere
+  config.model.attention = "splahs"
+  with pytest.raises(ConfigError, match="attention: unknown name 'splahs'; known: einsum, chunked"):
+    experiment.parse(config, here=True)
+
+
 RULES = [
   ({"objective.score_weight": 1.0}, "needs thoughts with a log-probability"),
   ({"objective.score_weight": 1.0, "thought.kind": "sampled", "thought.length": 1}, "samples of at least 2, got 1"),

@@ -28,8 +28,7 @@ BOTH = dict(data=2, fsdp=2, tensor=2)
 CASES = {
   "pause along the sequence": ("pause", {}, dict(data=2, sequence=4)),
   "private jepo along its streams": ("jepo", PRIVATE, dict(data=2, sequence=4)),
-  "private jepo by chunks of keys": ("jepo", PRIVATE | CHUNKED, BOTH),
-  "pause by chunks of keys along the sequence": ("pause", CHUNKED, dict(data=2, sequence=4)),
+  "private jepo by chunks of keys": ("jepo", PRIVATE | CHUNKED, dict(data=2, sequence=2, tensor=2)),
   "soft": ("soft", {}, BOTH),
   "sampled, drawn and scored": ("nll_only", {}, BOTH),
   "latent, one after another": ("latent", {"thought.length": 2}, BOTH),

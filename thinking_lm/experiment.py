@@ -89,18 +89,18 @@ def parse(values: Mapping[str, Any], here: bool = False) -> ExperimentConfig:
   """The config as frozen sections. Raises ConfigError with every fault at once; allocates nothing.
 
   Args:
-    here: also demand that the mesh fits the devices of this job, and that the mesh divides the batch.
+    here: also demand that the mesh fits the devices of this job and divides the batch, and that they run the model.
   """
-  faults: list[str] = []
-  config = None
+  faults, config = [], None
   try:
     config = config_lib.parse(ExperimentConfig, values)
   except ConfigError as error:
     faults += error.faults
   if here:
     try:
-      sections = ((MeshConfig, "mesh"), (TrainConfig, "train"))
-      mesh, train = (config_lib.parse(cls, values.get(name, {})) for cls, name in sections)
+      sections = ((MeshConfig, "mesh"), (TrainConfig, "train"), (ModelConfig, "model"))
+      mesh, train, model = (config_lib.parse(cls, values.get(name, {})) for cls, name in sections)
+      faults += model.backend_faults(jax.default_backend())
       faults += device_faults(mesh, train.batch_size, train.accumulation, jax.device_count(), jax.process_count())
     except (ConfigError, TypeError):
       assert faults, "these sections' faults are in the list already"
@@ -353,6 +353,7 @@ def load(
     raise ConfigError(f"{file} is not JSON: {error}") from error
   values["data"] = values.get("data", {}) | {name: place for name, place in (places or {}).items() if place}
   config = parse(values)
+  config = dataclasses.replace(config, model=config.model.runnable(jax.default_backend()))
   try:
     built = build(config, rows)
   except ConfigError as error:
@@ -360,11 +361,10 @@ def load(
     raise ConfigError(f"{error} (the config of {path} says so; {flags} may name another place)") from error
   if averaged and not built.config.optimizer.ema:
     raise ConfigError(f"{path} has no averaged parameters: it was trained with optimizer.ema 0")
-  everything = make_mesh(MeshConfig(data=1, fsdp=-1))
   placed = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     built.model.shapes,
-    shardings(built.axes, built.model.shapes, everything),
+    shardings(built.axes, built.model.shapes, make_mesh(MeshConfig(data=1, fsdp=-1))),
   )
   step, params = read_params(path / "checkpoints", placed, averaged)
   manifest = read_manifest(path / "checkpoints" / str(step))

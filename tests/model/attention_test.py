@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from thinking_lm.model import attention as backends
 from thinking_lm.model.attention import BACKENDS, MASKED, Keys, attention
+from thinking_lm.training.mesh import MeshConfig, make_mesh
 
 B, E = 2, 6
 
@@ -41,6 +43,7 @@ def packed():
 CAUSAL = np.tril(np.ones((1, 1, 8, 8), bool))
 OWN = CAUSAL[:, :, :4, :4]
 PAST = some(B, 3, 1, 5)
+FAR = np.arange(260) < np.array([[5, 60, 100], [5, 130, 260]])[:, :, None, None]
 CASES = {
   "plain": case(1, 8, 2, 2, (8, True, CAUSAL)),
   "packed documents": case(1, 8, 2, 2, (8, True, packed())),
@@ -49,8 +52,16 @@ CASES = {
   "past and own cache": case(3, 4, 4, 2, (5, False, PAST), (7, True, some(B, 3, 4, 7)), (4, True, OWN)),
   "one stream with a cache": case(1, 4, 4, 2, (5, False, PAST[:, :1]), (4, True, OWN)),
   "some see nothing": case(3, 4, 4, 2, (5, False, PAST & False), (4, True, OWN & (np.arange(4)[:, None] > 1))),
+  "several blocks": case(3, 50, 2, 1, (260, False, FAR), (3, True, some(B, 3, 50, 3))),
   "one query": case(3, 1, 4, 2, (7, True, some(B, 3, 1, 7)), (1, True, OWN[:, :, :1, :1])),
 }
+
+
+HERE = [name for name, backend in BACKENDS.items() if backend.platform is None]
+"""Those that run on a CPU."""
+KERNELS = ["packed documents", "past and own cache", "some see nothing", "several blocks"]
+"""Cases for kernels that run step by step, which compile for seconds: together they have all that is in the others."""
+RUNS = [(backend, name) for backend in HERE for name in (KERNELS if backend == "splash_interpret" else CASES)]
 
 
 def values_of(case: Case):
@@ -106,14 +117,13 @@ def errors(function, name, dtype=jnp.float32):
   return difference(mixed, value), [difference(a, b) for a, b in zip(got, gradients, strict=True)]
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend,name", RUNS)
 def test_values_and_gradients_equal_the_oracles(backend, name):
   value, gradient = errors(lambda q, sets: attention(q, sets, backend, chunk=3), name)
   assert value < 2e-6 and max(gradient) < 2e-6
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_in_bfloat16_they_are_as_near_as_it_can_be(backend):
   value, gradient = errors(lambda q, sets: attention(q, sets, backend, chunk=3), "past and own cache", jnp.bfloat16)
   assert value < 1e-2 and max(gradient) < 1e-2
@@ -124,7 +134,7 @@ def test_a_chunk_can_be_a_whole_set():
   assert value < 2e-6 and max(gradient) < 2e-6
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["einsum", "chunked"])
 def test_blocks_of_queries_change_nothing(backend):
   value, gradient = errors(lambda q, sets: attention(q, sets, backend, blocks=2, chunk=3), "packed documents")
   assert value < 2e-6 and max(gradient) < 2e-6
@@ -159,7 +169,7 @@ def test_a_merge_by_log_sum_exp_is_right_forward_and_wrong_backward(name):
   assert min(gradient[:2] + gradient[1::2]) > 0.05  # queries, keys
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_a_query_that_sees_nothing_gets_nothing(backend):
   case = CASES["past and own cache"]
   values = [jnp.asarray(a, jnp.float32) for a in values_of(case)]
@@ -183,3 +193,33 @@ def test_chunks_do_not_keep_all_scores():
       memory[backend, S] = compiled.memory_analysis().temp_size_in_bytes
   assert memory["einsum", 1024] > 8 * memory["einsum", 256]
   assert memory["chunked", 1024] < 5 * memory["chunked", 256] < 5 * memory["einsum", 256]
+
+
+@pytest.mark.parametrize(
+  "name", ["packed documents", "past and own cache", "some see nothing", "one stream with a cache"]
+)
+def test_what_cudnn_is_given_is_right(monkeypatch, name):
+  """By XLA in its place: cuDNN itself has never run."""
+  by_xla = functools.partial(backends._cudnn, implementation="xla")
+  monkeypatch.setitem(BACKENDS, "cudnn", backends.Backend(by_xla))
+  value, gradient = errors(lambda q, sets: attention(q, sets, "cudnn", chunk=3), name)
+  assert value < 2e-6 and max(gradient) < 2e-6
+
+
+def test_kernels_are_split_over_devices():
+  with jax.set_mesh(make_mesh(MeshConfig(data=2, sequence=2, tensor=2))):
+    value, gradient = errors(lambda q, sets: attention(q, sets, "splash_interpret"), "one stream with a cache")
+  assert value < 2e-6 and max(gradient) < 2e-6
+
+
+def test_the_kernels_take_large_shared_sets_and_leave_the_rest():
+  """Counted in the program: one kernel forward, and one each for queries and for keys backward."""
+
+  def kernels(S, streams):
+    q, k = (jax.ShapeDtypeStruct((1, P, S, 2, 16), jnp.float32) for P in (1, streams))
+    mask = jax.ShapeDtypeStruct((1, 1, S, S), bool)
+    q = jax.ShapeDtypeStruct((1, streams, S, 2, 16), jnp.float32)
+    run = lambda q, k, v, mask: jnp.sum(attention(q, [Keys(k, v, mask)], "splash"))
+    return str(jax.make_jaxpr(jax.grad(run, (0, 1, 2)))(q, k, k, mask)).count("pallas_call[")
+
+  assert (kernels(128, 1), kernels(127, 1), kernels(128, 2)) == (3, 0, 0)

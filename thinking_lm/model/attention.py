@@ -10,6 +10,7 @@ the queries of all streams at once.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -81,7 +82,7 @@ def _block(q_BPQHE, sets, backend, chunk):
     return jnp.moveaxis(a[:, 0] if a.ndim == 5 and P == 1 else a, -2, 1)
 
   sets = [Keys(heads_first(keys.k), heads_first(keys.v), keys.mask_BPQS) for keys in sets]
-  mixed_BKPQRE = BACKENDS[backend](q_BKPQRE, sets, chunk)
+  mixed_BKPQRE = BACKENDS[backend].function(q_BKPQRE, sets, chunk)
   return mixed_BKPQRE.transpose(0, 2, 3, 1, 4, 5).reshape(B, P, Q, H, E)
 
 
@@ -227,10 +228,60 @@ def _chunked_backward(q_BKPQRE, keys: Keys, lse, delta, dmixed, size: int):
   return dq, dk, dv
 
 
+def _by_chunks(size: int) -> Part:
+  return Part(_chunked_forward, _chunked_backward, size)
+
+
 def _chunked(q_BKPQRE, sets, chunk):
   """In portable JAX. Temporaries grow with queries x chunk."""
-  return merged((Part(_chunked_forward, _chunked_backward, chunk),) * len(sets), q_BKPQRE, sets)
+  return merged((_by_chunks(chunk),) * len(sets), q_BKPQRE, sets)
 
 
-BACKENDS = dict(einsum=_einsum, chunked=_chunked)
-"""Name -> (q_BKPQRE scaled by E^-1/2, sets with heads first, keys of a chunk) -> mixed_BKPQRE in the type of q."""
+def _splash(q_BKPQRE, sets, chunk, interpret: bool = False):
+  """Sets that all streams share by the TPU kernels, if they are no smaller than a block; the others by chunks."""
+  from thinking_lm.model import splash  # a third of a second to import, for those who use it
+
+  kernel, other = Part(splash.forward, splash.backward, interpret), _by_chunks(chunk)
+  least = 1 if interpret else splash.LANES
+  fits = lambda keys: keys.k.ndim == 4 and min(math.prod(q_BKPQRE.shape[2:4]), keys.k.shape[2]) >= least
+  return merged(tuple(kernel if fits(keys) else other for keys in sets), q_BKPQRE, sets)
+
+
+def _cudnn(q_BKPQRE, sets, chunk, implementation: str = "cudnn"):
+  """All keys in one call of cuDNN where all streams share them; else by chunks, since what the call knows of its
+  log-sum-exp has no gradient. cuDNN wants even numbers of queries and keys.
+  """
+  if any(keys.k.ndim == 5 for keys in sets):
+    return _chunked(q_BKPQRE, sets, chunk)
+  B, K, P, Q, R, E = q_BKPQRE.shape
+  q_BXHE = jnp.moveaxis(q_BKPQRE, 1, 3).reshape(B, P * Q, K * R, E)
+  k_BSKE, v_BSKE = (jnp.concatenate(several, axis=2).swapaxes(1, 2) for several in list(zip(*sets, strict=True))[:2])
+  mask_BPQS = [jnp.broadcast_to(keys.mask_BPQS, (B, P, Q, keys.mask_BPQS.shape[3])) for keys in sets]
+  mask_BXS = jnp.concatenate(mask_BPQS, axis=3).reshape(B, P * Q, -1)
+  even = lambda a, *axes: jnp.pad(a, [(0, a.shape[axis] % 2 if axis in axes else 0) for axis in range(a.ndim)])
+  mask = even(mask_BXS, 1, 2)[:, None]
+  given = (even(q_BXHE, 1), even(k_BSKE, 1), even(v_BSKE, 1))
+  mixed = jax.nn.dot_product_attention(*given, mask=mask, scale=1.0, implementation=implementation)[:, : P * Q]
+  mixed = jnp.where(jnp.any(mask_BXS, axis=-1)[..., None, None], mixed, 0)
+  return jnp.moveaxis(mixed.reshape(B, P, Q, K, R, E), 3, 1)
+
+
+class Backend(NamedTuple):
+  """A way to compute attention.
+
+  function: (q_BKPQRE scaled by E^-1/2, sets with heads first, keys of a chunk) -> mixed_BKPQRE in the type of q.
+  platform: of JAX, the only one that it runs on; None: it runs anywhere.
+  """
+
+  function: Callable
+  platform: str | None = None
+
+
+BACKENDS = dict(
+  einsum=Backend(_einsum),
+  chunked=Backend(_chunked),
+  splash=Backend(_splash, "tpu"),
+  splash_interpret=Backend(functools.partial(_splash, interpret=True)),
+  cudnn=Backend(_cudnn, "gpu"),
+)
+"""splash_interpret: the kernels step by step on any device, a thousand times slower: for tests. cudnn was never run."""

@@ -74,7 +74,24 @@ class ModelConfig:
       found.append(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
     if self.resolved_head_width % 2:
       found.append(f"a head must have an even width for rotary positions, got {self.resolved_head_width}")
+    if self.attention == "cudnn" and (self.compute_dtype != "bfloat16" or self.resolved_head_width % 8):
+      found.append(
+        "attention 'cudnn' needs compute_dtype 'bfloat16' and heads of a width that 8 divides, got "
+        f"{self.compute_dtype!r} and {self.resolved_head_width}"
+      )
     return found
+
+  def backend_faults(self, platform: str) -> list[str]:
+    """A backend of attention that JAX's platform, of these devices, does not run."""
+    wanted = BACKENDS[self.attention].platform
+    if wanted in (None, platform):
+      return []
+    here = ", ".join(name for name, backend in BACKENDS.items() if backend.platform in (None, platform))
+    return [f"config.model.attention {self.attention!r} runs on {wanted} only, this job has {platform}: use {here}"]
+
+  def runnable(self, platform: str) -> "ModelConfig":
+    """The config, with attention by chunks where its own backend does not run: the same numbers to rounding."""
+    return dataclasses.replace(self, attention="chunked") if self.backend_faults(platform) else self
 
   @property
   def resolved_head_width(self) -> int:
