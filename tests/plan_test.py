@@ -35,6 +35,14 @@ def test_a_small_pod_is_planned_and_a_batch_that_does_not_fit_is_told(tmp_path):
   assert large.returncode == 1 and "train needs" in large.stderr and large.stderr.count("\n") == 1
 
 
+@pytest.mark.skipif(not HAVE, reason="needs libtpu, the TPU compiler: run `make plan`'s environment")
+def test_the_kernels_of_attention_compile_for_a_split_model():
+  split = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.train.batch_size=4"]
+  small = ["--config=configs/pod/v5e_1b.py:none", "--topology=v5e:2x2", "--parts=train", *SMALL]
+  done = run(*small, *split, "--config.model.attention=splash")
+  assert done.returncode == 0, done.stderr
+
+
 def test_a_topology_that_no_pod_has_is_told_in_one_line():
   for name in ("v5p-1024", "v5e:16", "h100:8x8", "v9:2x2"):
     with pytest.raises(errors.ConfigError, match="v5e:16x16"):

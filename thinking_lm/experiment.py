@@ -98,9 +98,9 @@ def parse(values: Mapping[str, Any], here: bool = False) -> ExperimentConfig:
     faults += error.faults
   if here:
     try:
-      sections = ((MeshConfig, "mesh"), (TrainConfig, "train"), (ModelConfig, "model"))
-      mesh, train, model = (config_lib.parse(cls, values.get(name, {})) for cls, name in sections)
-      faults += model.backend_faults(jax.default_backend())
+      sections = ((MeshConfig, "mesh"), (TrainConfig, "train"))
+      mesh, train = (config_lib.parse(cls, values.get(name, {})) for cls, name in sections)
+      faults += config.model.backend_faults(jax.default_backend()) if config else []
       faults += device_faults(mesh, train.batch_size, train.accumulation, jax.device_count(), jax.process_count())
     except (ConfigError, TypeError):
       assert faults, "these sections' faults are in the list already"

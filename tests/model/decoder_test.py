@@ -12,7 +12,7 @@ from tests.model import problem
 from tests.model.problem import BATCH, TIED, UNTIED
 from thinking_lm.config import parse
 from thinking_lm.errors import ConfigError
-from thinking_lm.model.attention import MASKED
+from thinking_lm.model.attention import BACKENDS, MASKED, Backend
 from thinking_lm.model.decoder import DTYPES, REMAT, Model, ModelConfig
 from thinking_lm.model.rollout import rollout
 from thinking_lm.thoughts.placement import place
@@ -125,13 +125,15 @@ def test_query_blocks_change_no_numbers(thought):
     ("chunked", ThoughtConfig(kind="sampled", length=2, topology="private", lookahead=2, samples=2, delimiters=True)),
   ],
 )
-def test_backends_of_attention_change_no_numbers(backend, thought):
+def test_backends_of_attention_change_no_numbers(monkeypatch, backend, thought):
+  calls, made = [], BACKENDS[backend].function
+  monkeypatch.setitem(BACKENDS, backend, Backend(lambda *given: calls.append(given) or made(*given)))
   arguments = (problem.params(UNTIED), BATCH, problem.layout(), problem.cotangents(thought))
   other = dataclasses.replace(UNTIED, attention=backend, attention_chunk=3)
   (number, _), gradient = problem.compiled(UNTIED, thought)(*arguments)
   (same, _), found = problem.compiled(other, thought)(*arguments)
   np.testing.assert_allclose(same, number, rtol=1e-5)
-  assert problem.relative(found, gradient) < 1e-5
+  assert problem.relative(found, gradient) < 1e-5 and calls
 
 
 def saved_bytes(remat):
