@@ -143,11 +143,11 @@ class Experiment:
       batch = needed(*(self.proxy or (self.model, params)), batch)
     return place(batch, thought, self.data.vocabulary, self.data.aligned)
 
-  def rollout(self, params: Params, batch: Batch, key, given=None, thought=None, layout: Layout | None = None) -> Trace:
-    """Thinks where `layout` or else `place` says, as a ThoughtConfig or else the config says; see `rollout.rollout`."""
+  def rollout(self, params: Params, batch: Batch, key, given=None, thought=None, layout=None, taps=None) -> Trace:
+    """Thinks where a Layout or else `place` says, as a ThoughtConfig or else the config says; see `rollout.rollout`."""
     thought = thought or self.config.thought
     layout = layout or self.place(params, batch, thought)
-    trace = rollout(self.model, thought, params, batch, layout, key, given)
+    trace = rollout(self.model, thought, params, batch, layout, key, given, taps)
     return answered(trace, batch, layout, self.data.vocabulary, self.data.task)
 
   def loss_fn(self, params: Params, batch: Batch, key, carried: Carried) -> tuple[jax.Array, dict[str, Mean]]:
@@ -159,7 +159,7 @@ class Experiment:
     else:
       trace, beside = self._think(params, batch, key, carried, thought)
       told = signs(trace, thought)
-    loss, metrics = objective(goal, trace, beside, carried.extra)
+    loss, metrics = objective(goal, trace, beside, carried.extra, carried.step)
     return loss, metrics | volume(trace, batch, self.data.vocabulary) | told
 
   def _think(self, params: Params, batch: Batch, key, carried: Carried, thought: ThoughtConfig) -> tuple[Trace, Beside]:

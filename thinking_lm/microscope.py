@@ -11,6 +11,8 @@ persistent thoughts also to the power of the anchors of a row), else the mean of
 Where a thought goes, what sees it, its length and its temperature are the run's. Prints tables, and writes JSON and (if
 matplotlib is there) a plot to DIR/microscope/ or to --output.
 
+Of thoughts that are trained by parallel iterations, also how far their gradient is from that of the serial chain.
+
 Exit codes: 0 done, 64 wrong command line, 65 damaged data or checkpoints, 73 the result cannot be written, 78 wrong
 config.
 """
@@ -81,6 +83,35 @@ def _estimator(subject, changes, samples: int, step: int, rows: int):
   )
 
 
+def iterated(subject, params, batch, step: int, key) -> dict | None:
+  """The gradient by parallel iterations against that through the serial chain; None for thoughts without the former."""
+  from thinking_lm.analysis import flops, microscope
+  from thinking_lm.types import Carried
+
+  thought, data = subject.config.thought, subject.data
+  if not thought.iterations:
+    return None
+
+  def moments(**changes):
+    config = dataclasses.replace(subject.config, thought=dataclasses.replace(thought, **changes))
+    loss_fn = dataclasses.replace(subject, config=config).loss_fn
+    cost = flops.training_flops(config, data.vocabulary.size, data.sequence_length) / config.train.batch_size
+    loss = lambda params, batch, key: loss_fn(params, batch, key, Carried(step=step))
+    one = microscope.Estimator(loss, cost * len(batch.tokens_BT), draws=False)
+    return microscope.moments(one, params, batch, key, 1), one.flops
+
+  serial, serial_flops = moments(iterations=0, through=0)
+  found, cost = moments()
+  parts = microscope.compare(found, microscope.exact(serial, "serial"), cost)
+  return dict(
+    iterations=thought.iterations,
+    through=thought.through or thought.iterations,
+    residual=found.told["residual"],
+    flops=cost / serial_flops,
+    against={part: dict(gap=one["bias"], cosine=one["cosine"]) for part, one in parts.items()},
+  )
+
+
 def _references(subject, params, batch, step: int, key, progress):
   """bound -> Reference: exact where possible, else of many samples; with why, where a bound cannot be had at all."""
   from thinking_lm.analysis import estimators, microscope
@@ -120,6 +151,7 @@ def measure(subject, params, step: int, names) -> dict:
     raise ConfigError("there are no thoughts: thought.length is 0")
   batch = jax.tree.map(jnp.asarray, next(subject.data.batches("train", global_batch=_ROWS.value)))
   key = state.key(_SEED.value, "evaluate")
+  told = iterated(subject, params, batch, step, key)
   references, refused = _references(subject, params, batch, step, jax.random.fold_in(key, 0), _progress)
   chosen = {}
   for name in names:
@@ -134,6 +166,7 @@ def measure(subject, params, step: int, names) -> dict:
   thought = dataclasses.asdict(subject.config.thought)
   return dict(
     settings | dict(step=step, thought=thought, refused=refused),
+    iterated=told,
     references=microscope.describe(references),
     estimators=result,
   )

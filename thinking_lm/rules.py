@@ -8,6 +8,7 @@ from thinking_lm.objectives.advantages import ADVANTAGES
 from thinking_lm.objectives.baselines import BASELINES
 from thinking_lm.objectives.objective import ObjectiveConfig
 from thinking_lm.objectives.rewards import REWARDS
+from thinking_lm.objectives.variates import VARIATES
 from thinking_lm.thoughts import enumeration
 from thinking_lm.thoughts.halting import HALTING
 from thinking_lm.thoughts.placement import PLACEMENTS, capacity
@@ -20,7 +21,11 @@ def heads(thought: ThoughtConfig, goal: ObjectiveConfig, data) -> tuple[str, ...
   if not thought.length:
     return verdict
   baseline = ADVANTAGES[goal.advantage].baseline if goal.score_weight else None
-  wanted = (HALTING[thought.halting].head, thought.mixing != "none" and "mix", baseline and BASELINES[baseline].head)
+  variate = goal.score_weight and goal.control and VARIATES[goal.variate].head
+  wanted = (
+    *(HALTING[thought.halting].head, thought.mixing != "none" and "mix"),
+    *(baseline and BASELINES[baseline].head, variate),
+  )
   return verdict + tuple(name for name in wanted if name)
 
 

@@ -188,6 +188,21 @@ class Report:
 
 
 @struct.dataclass
+class Surrogate:
+  """RELAX's control variate c of drawn tokens, which a head learns (`objectives/variates.py`).
+
+  value_BGN: c of the relaxed copy, differentiable in the policy only. learned_BGN: the same numbers, differentiable in
+  the head only. slope_BGNV: the gradient of c with respect to the policy's logits, differentiable in the head only.
+  score_BGNV: that of log pi of the token, without gradient.
+  """
+
+  value_BGN: jax.Array
+  learned_BGN: jax.Array
+  slope_BGNV: jax.Array
+  score_BGNV: jax.Array
+
+
+@struct.dataclass
 class Trace:
   """What a rollout leaves for an objective. Log-probabilities are in nats and differentiable.
 
@@ -211,7 +226,7 @@ class Trace:
     the same in every sample, and together with the units' targets they are all targets.
   unit_BT: int32 index into N of the unit whose outcome holds the target; N for targets that no thought comes before.
   relaxed_BGN: where thought.relaxation asks for it, the outcome of the relaxed thought: a control variate (see
-    `thoughts.relaxed`), differentiable in the policy only.
+    `thoughts.relaxed`), differentiable in the policy only. surrogate: in its place, what a head learned to say.
   base_outcome_BN: the outcome without any thought, where known (`private`); else None.
   outcome_hit_BGN: bool, every weighted target of the outcome is the most likely real token.
   dropped_B: of the layout.
@@ -248,6 +263,7 @@ class Trace:
   free_BT: jax.Array | None = None
   unit_BT: jax.Array | None = None
   relaxed_BGN: jax.Array | None = None
+  surrogate: Surrogate | None = None
   base_outcome_BN: jax.Array | None = None
   outcome_hit_BGN: jax.Array | None = None
   exit_logp_BGNK: jax.Array | None = None

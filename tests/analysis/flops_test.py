@@ -88,11 +88,15 @@ def test_what_a_thought_adds():
   np.testing.assert_allclose(four.draw, 4 * one.draw)
 
 
+SCORE = {"objective.score_weight": 1.0, "thought.relaxation": 2.0, "thought.samples": 2}
+
+
 @pytest.mark.parametrize(
   "changes",
   [
     {"objective.exact": True},
-    {"objective.score_weight": 1.0, "objective.control": 0.5, "thought.relaxation": 2.0, "thought.samples": 2},
+    SCORE | {"objective.control": 0.5},
+    SCORE | {"objective.control": 1.0, "objective.variate": "relax"},
   ],
 )
 def test_every_thought_and_relaxed_copies_within_six_percent(changes):

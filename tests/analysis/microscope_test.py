@@ -11,10 +11,15 @@ import numpy as np
 import pytest
 
 from tests import quick
+from tests.evaluation import harness
+from tests.model.problem import relative
 from thinking_lm.analysis import estimators, microscope
 from thinking_lm.analysis.microscope import Estimator
+from thinking_lm.analysis.microscope_report import table
 from thinking_lm.metrics import Mean
+from thinking_lm.microscope import iterated
 from thinking_lm.thoughts.spec import ThoughtConfig
+from thinking_lm.types import Carried
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 WANTED = dict(embedding=np.full((4, 8), 0.5), layers=dict(query=np.arange(16.0).reshape(4, 4) / 4, up=np.ones(3)))
@@ -101,6 +106,30 @@ def test_an_estimator_changes_the_gradient_and_not_the_thought():
     found = estimators.settings(changes, thought, 4)
     assert not {"thought.length", "thought.placement", "thought.stride", "thought.topology"} & set(found), name
     assert found["thought.lookahead"] == 0 and found["thought.samples"] == (1 if name == "exact" else 4)
+
+
+def test_the_gradient_of_parallel_iterations_is_held_against_the_serial_one():
+  """Enough passes have none of a gap, few have one, and it is the one that gradients have."""
+  batch = None
+
+  def look(iterations):
+    nonlocal batch
+    thought = dict(kind="latent", length=1, iterations=iterations)
+    subject, params, _ = harness.make(thought=thought, task=dict(length=4))
+    batch = batch or jax.tree.map(jnp.asarray, next(subject.data.batches("train", global_batch=2)))
+    gradient = jax.grad(lambda params: subject.loss_fn(params, batch, KEY, Carried(step=0))[0])
+    return iterated(subject, params, batch, 0, KEY), jax.jit(gradient)(params)
+
+  (none, serial), (few, got), (enough, _) = look(0), look(2), look(5)
+  assert none is None
+  assert few["against"]["all"]["gap"] == pytest.approx(relative(got, serial), rel=1e-3) and few["residual"] > 1e-2
+  assert few["against"]["all"]["gap"] > 1e-2 and few["against"]["all"]["cosine"] < 0.9999
+  assert enough["against"]["all"]["gap"] < 1e-4 and enough["residual"] < 1e-5 and enough["flops"] > few["flops"] > 0
+  found = dict(references={}, estimators={}, refused={}, iterated=few)
+  assert "gradient g of 2 parallel iterations (through the last 2)" in table(found)
+
+
+KEY = harness.KEY
 
 
 def command(*flags):

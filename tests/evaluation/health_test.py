@@ -12,6 +12,7 @@ from tests.evaluation import harness
 from thinking_lm import experiment
 from thinking_lm.errors import DivergedError
 from thinking_lm.evaluation.health import Examination, effective_rank
+from thinking_lm.objectives.health import HealthConfig, History, rules
 from thinking_lm.training import loop
 from thinking_lm.training.state import TrainState
 from thinking_lm.training.writers import read_rows
@@ -55,6 +56,41 @@ def test_a_model_that_ignores_its_thoughts_shows_no_effect():
   assert found["effect_none"] == pytest.approx(0, abs=1e-6)
   assert found["effect_shuffled"] == pytest.approx(0, abs=1e-6)
   assert found["thought_rank"] == 0
+
+
+def test_gradients_that_vanish_or_explode_from_think_token_to_think_token_raise_an_alarm():
+  subject, params, _ = harness.make(thought=dict(kind="latent", length=16, topology="private"))
+  look = Examination(1, "validation", 8, subject, harness.KEY, lambda batch: jax.tree.map(jnp.asarray, batch), {})
+  rule = rules(HealthConfig(), 7, False)["chain"]
+
+  def ratio(**scales):
+    changed = jax.tree.map(jnp.copy, params)
+    for name, scale in scales.items():
+      part = changed["final_norm"] if name == "scale" else changed["layers"]
+      part[name] *= scale
+    found = look(0, TrainState(0, changed, None, None, None, {}))
+    histories = {name: History(found[name], (found[name],)) for name in rule.reads}
+    return found["chain_grad_first"] / found["chain_grad_last"], rule.broken(rule.measure(histories))
+
+  sound = ratio()
+  faint = ratio(scale=1e-6, out=0.0)  # a state that is next to nothing, and that no later one sees
+  loud = ratio(query=30.0, key=30.0)  # which token is looked at turns on the smallest difference
+  assert 0.01 < sound[0] < 100 and not sound[1]
+  assert faint[0] < 1e-3 and faint[1], faint
+  assert loud[0] > 1e3 and loud[1], loud
+
+
+def test_a_chain_of_one_token_thoughts_runs_along_the_row():
+  subject, params, _ = harness.make(thought=dict(kind="latent", length=1), task=dict(length=3))
+  found = examine(subject, params)
+  batch = jax.tree.map(jnp.asarray, next(iter(subject.data.evaluation_batches("validation", batch_size=8))))
+  nats = lambda taps: -(subject.rollout(params, batch, harness.KEY, taps=taps).logp_BGT[:, 0] * batch.weights_BT).sum()
+  grads = jax.jit(jax.grad(nats))(jnp.zeros((8, 1, 3, 1, 16))) / batch.weights_BT.sum()
+  norms = np.sqrt(np.square(grads).sum(axis=(0, 1, 3, 4)))
+  np.testing.assert_allclose([found["chain_grad_first"], found["chain_grad_last"]], norms[[0, 2]], rtol=1e-4)
+  assert norms[0] > 1.05 * norms[2] or norms[0] < norms[2] / 1.05
+  still = dict(length=1, topology="private")
+  assert "chain_grad_first" not in examine(*harness.make(thought=dict(kind="latent") | still, task=dict(length=3))[:2])
 
 
 def test_rotary_positions_that_differ_between_sampler_and_learner_are_a_mismatch():

@@ -38,6 +38,7 @@ def evaluation(**changes):
     think_tokens=12,
     dropped=0,
     residual=None,
+    difficulty=None,
     seconds=dict(own=(1.0, 0.5)),
   )
   return Evaluation(**(fields | changes))

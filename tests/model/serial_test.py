@@ -41,14 +41,19 @@ def gradient(monkeypatch, name, cut_up: bool, dtype="float32"):
   else:
     monkeypatch.setattr(serial, "segment", segment.forward)
   monkeypatch.setattr(segment, "UNROLLED", 1 if "scanned" in name else 4)
-  cotangents = problem.cotangents(thought)
+  cotangents, anchors_BN = problem.cotangents(thought), problem.layout().anchors_BN
+  valid_BN = anchors_BN < problem.T
+  taps = np.zeros((len(valid_BN), 1, valid_BN.shape[1], thought.length, config.width), np.float32)
 
-  def loss(params):
-    trace = rollout(problem.model(config), thought, params, BATCH, problem.layout(), problem.KEY)
+  def loss(params, taps):
+    trace = rollout(problem.model(config), thought, params, BATCH, problem.layout(), problem.KEY, None, taps)
     return problem.weighted(problem.outputs(trace, thought), cotangents), trace
 
-  run = jax.jit(jax.value_and_grad(loss, has_aux=True))
-  return jax.device_get(run(problem.params(config)))
+  run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+  (number, trace), (params, taps) = jax.device_get(run(problem.params(config), taps))
+  reached_BN = np.abs(taps).max(axis=(1, 3, 4)) > 0
+  assert not reached_BN[~valid_BN].any() and (thought.may_end or reached_BN[valid_BN].all())
+  return (number, trace), dict(params=params, taps=taps)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -101,3 +106,23 @@ def test_known_positions_take_no_slots_that_stay_empty():
   np.testing.assert_allclose(number, same, rtol=1e-5)
   np.testing.assert_allclose(outcome[..., :2], expected[..., :2], rtol=1e-5)
   assert np.any(outcome[0, 0, :2]) and relative(got, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("topology", ["private", "persistent"])
+def test_the_last_think_token_has_the_gradient_of_a_given_one(topology):
+  """Nothing is made from it: only earlier ones have more gradient than what is fed as it is."""
+  thought, layout = Thought(kind="latent", topology=topology), problem.layout()
+  run = functools.partial(rollout, problem.model(), thought, problem.params(), BATCH, layout, problem.KEY)
+  value = lambda trace: (trace.logp_BGT * BATCH.weights_BT[:, None]).sum()
+
+  def both(given):
+    taps = jax.grad(lambda taps: value(run(None, taps)))(0 * given.inputs_BGNJD)
+    return taps, jax.grad(lambda inputs: value(run(given.replace(inputs_BGNJD=inputs))))(given.inputs_BGNJD)
+
+  taps, fed = jax.device_get(jax.jit(lambda: both(run().thoughts))())
+  for b, anchors in enumerate(problem.ANCHORS):
+    for n in range(len(anchors)):
+      document = BATCH.segments_BT[b, anchors]
+      last = topology == "private" or not (document[n + 1 :] == document[n]).any()
+      assert (relative(taps[b, 0, n, 1], fed[b, 0, n, 1]) < 1e-3) == last or not np.abs(fed[b, 0, n, 1]).any()
+      assert relative(taps[b, 0, n, 0], fed[b, 0, n, 0]) > 1e-2 or not np.abs(fed[b, 0, n, 1]).any()

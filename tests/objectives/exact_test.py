@@ -153,14 +153,15 @@ def parsed(**options):
 
 
 def test_an_exact_objective_draws_nothing():
-  built = experiment.build(parsed())
+  built = experiment.build(parsed(**{"objective.entropy_weight": 0.1, "objective.entropy_steps": 10}))
   params, rows = (
     built.init(jax.random.key(0)),
     jax.tree.map(jnp.asarray, next(built.data.batches("train", global_batch=2))),
   )
-  run = jax.jit(lambda key: built.loss_fn(params, rows, key, experiment.Carried()))
+  run = jax.jit(lambda key, step=0: built.loss_fn(params, rows, key, experiment.Carried(step=step)))
   (first, metrics), (second, _) = run(jax.random.key(0)), run(jax.random.key(1))
   assert first == second and float(metrics["think_tokens"]) == pytest.approx(6)
+  assert first < run(jax.random.key(0), 5)[0] < run(jax.random.key(0), 10)[0], "the step decides on the bonus"
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_latents_that_stand_still_have_cosine_one(length):
 HEALTHY = dict(
   think_entropy=2.0, empty_thoughts=0.1, full_thoughts=0.3, repeated_tokens=0.1, successive_cosine=0.5, flat_groups=0.2,
   kl=0.01, nll_grad_norm=1.0, score_grad_norm=0.5, sampler_mismatch=1e-6, effect_none=0.2, reward=-2.0,
-  length_reward=0.1,
+  length_reward=0.1, chain_grad_first=0.1, chain_grad_last=2.0,
 )  # fmt: skip
 FAILURES = dict(
   entropy_low=dict(think_entropy=0.5),
@@ -112,6 +112,7 @@ FAILURES = dict(
   lengthy=dict(length_reward=0.95),
   drift=dict(kl=0.2),
   gradients=dict(score_grad_norm=1e-4),
+  chain=dict(chain_grad_first=1e-3),
   mismatch=dict(sampler_mismatch=1e-3),
   effect=dict(effect_none=-0.01, reward=-1.0),
 )

@@ -95,6 +95,17 @@ def test_one_term_alone_is_not_the_gradient():
     assert np.linalg.norm(got - wanted) > 0.1 * np.linalg.norm(wanted)
 
 
+def test_an_entropy_bonus_can_fall_to_nothing_in_a_line():
+  trace = bandit.traced(bandit.groups(2)[::5])
+  loss = lambda step=0, **options: float(objective(ObjectiveConfig(**options), trace, step=jnp.int32(step))[0])
+  none, whole = loss(), loss(entropy_weight=0.3)
+  assert none - whole > 1
+  for step, share in {0: 1.0, 25: 0.75, 100: 0.0, 300: 0.0}.items():
+    got = none - loss(step, entropy_weight=0.3, entropy_steps=100)
+    np.testing.assert_allclose(got, share * (none - whole), rtol=1e-4, atol=1e-4)
+  assert ObjectiveConfig(entropy_steps=5).faults() == ["entropy_steps is read where entropy_weight is above 0"]
+
+
 def measured(config, rows):
   """(gradient of the loss, count) of some rows of the tables."""
   with jax.enable_x64(True):

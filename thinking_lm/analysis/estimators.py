@@ -55,6 +55,7 @@ def settings(changes: dict[str, Any], thought, samples: int) -> dict[str, Any]:
   found |= {
     **{"thought.kind": "sampled", "thought.relaxation": 0.0, "thought.top_k": 0, "thought.rescore": True},
     **{"thought.temperature_end": 0.0, "thought.temperature_steps": 0, "thought.answer": 0},
+    **{"thought.iterations": 0, "thought.through": 0},
     **{"thought.temperature": thought.temperature or 1.0},
   }
   if thought.topology == "persistent":

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from thinking_lm.model.decoder import ModelConfig
 from thinking_lm.model.enumeration import CHUNK
 from thinking_lm.model.serial import segments
+from thinking_lm.objectives.variates import VARIATES
 from thinking_lm.thoughts import enumeration
 from thinking_lm.thoughts.placement import blocks, capacity, cuts
 from thinking_lm.thoughts.spec import ThoughtConfig
@@ -232,13 +233,17 @@ def training_flops(config, vocabulary_size: int, T: int) -> float:
 
 
 def _drawn_thoughts(config, vocabulary_size: int, T: int) -> float:
-  """A row with its gradient; REBAR's relaxed copies go through the model once more, which itself gets no gradient."""
+  """A row with its gradient. REBAR's relaxed copies go through the model once more, which itself gets no gradient;
+  RELAX's do not, and are mixed twice, once with a gradient of a gradient.
+  """
   thought = config.thought
   row = ledger(config.model, vocabulary_size, thought, T, aligned=config.data.aligned, gradient=True)
   if not thought.relaxation:
     return row.total
   head = 2.0 * config.model.width * vocabulary_size
   copies = thought.samples * capacity(thought, T, config.data.aligned)
+  if VARIATES[config.objective.variate].head:
+    return row.total + copies * (head * (3 + 2 + 4) + 9 * 4.0 * config.model.width**2)  # policy, mixtures, the head
   return row.total + 2 * row.think + copies * head * (3 * thought.lookahead + 3 + 4)  # targets, policy, mixtures
 
 

@@ -51,10 +51,23 @@ def _by_part(result: Mapping[str, Any]) -> str:
   return f"by part of the model, against grad {bound}\n{aligned(rows)}"
 
 
+def _iterated(found: Mapping[str, Any]) -> str:
+  """Of parallel iterations: what their gradient is worth."""
+  rows = [["part of the model", "|g - g_serial| / |g_serial|", "cosine"]]
+  rows += [[part, number(one["gap"]), number(one["cosine"])] for part, one in found["against"].items()]
+  title = (
+    f"gradient g of {found['iterations']} parallel iterations (through the last {found['through']}), residual "
+    f"{number(found['residual'])}, at {number(found['flops'])} x the FLOPs of the serial chain"
+  )
+  return f"{title}\n{aligned(rows)}"
+
+
 def table(found: Mapping[str, Any]) -> str:
   """All of a result as text."""
   blocks = [_against(bound, reference, found["estimators"]) for bound, reference in found["references"].items()]
   blocks.append(_by_part(found["estimators"]))
+  if found["iterated"]:
+    blocks.append(_iterated(found["iterated"]))
   if found["refused"]:
     blocks.append("\n".join(f"left out {name}: {reason}" for name, reason in found["refused"].items()))
   return "\n\n".join([*blocks, LEGEND])

@@ -49,6 +49,7 @@ class Task:
   score: (expected answer, given answer), both bytes -> [0, 1].
   longest: length -> most tokens that an example of it takes.
   tagging: targets are labels and not next tokens, so that there is nothing to continue.
+  difficulty: Example -> how hard it is, where that differs between examples of a length; None elsewhere.
   """
 
   options: "TaskConfig"
@@ -57,6 +58,7 @@ class Task:
   verify: Callable[[bytes, bytes], float]
   longest: Callable[[int], int]
   tagging: bool
+  difficulty: Callable[[Example], int] | None = None
 
   def length(self, split: str) -> int:
     """Elements of an example of this split."""
@@ -253,7 +255,8 @@ def parity(options: "TaskConfig") -> Task:
 
   As there, one to `length` elements are + or - and the others 0; how many is the difficulty of an example, uniform.
   """
-  return _text_task(options, _write_parity, lambda length: 3 + length)
+  task = _text_task(options, _write_parity, lambda length: 3 + length)
+  return dataclasses.replace(task, difficulty=lambda example: len(example.prompt.translate(None, b"0=")))
 
 
 def _write_parity(options: "TaskConfig", random: np.random.Generator, length: int) -> tuple[bytes, bytes]:

@@ -141,6 +141,7 @@ class VerdictTask:
   tokenizer: Tokenizer
   options: _Options = _Options()
   tagging: bool = False
+  difficulty: None = None
 
   def count(self, split: str) -> int:
     """Examples of a split."""

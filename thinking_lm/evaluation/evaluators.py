@@ -17,6 +17,7 @@ from thinking_lm.data import tasks
 from thinking_lm.errors import ConfigError
 from thinking_lm.evaluation.calibration import Calibration, calibrate, joined
 from thinking_lm.evaluation.controls import CONTROLS, NONE, Source, counted, latest
+from thinking_lm.evaluation.difficulty import Difficulty
 from thinking_lm.evaluation.draws import Draws, Mixer
 from thinking_lm.types import Batch, Layout, Params, Report, Thoughts, Trace, Vocabulary
 
@@ -33,7 +34,7 @@ class Subject(Protocol):
 
   def place(self, params: Params, batch: Batch, thought=None) -> Layout: ...
 
-  def rollout(self, params: Params, batch: Batch, key, given: Thoughts | None = None, thought=None) -> Trace: ...
+  def rollout(self, params: Params, batch: Batch, key, given=None, thought=None, layout=None, taps=None) -> Trace: ...
 
 
 class RowSums(NamedTuple):
@@ -71,7 +72,8 @@ class Evaluation:
   ids_R: row of the split. arms: control -> Arm, the reference first. draws: K -> Draws. omitted: what was asked for and
   could not be had -> why. calibration: of the reference. generated: task score of each generated answer, or None.
   anchors: how many thoughts there are, and dropped how many found no room. residual: of parallel iterations, as in
-  `objective.describe`; None for others. seconds: part -> (of the first batch, which compiles; of all others).
+  `objective.describe`; None for others. difficulty: of tasks that know their examples'; None for others. seconds: part
+  -> (of the first batch, which compiles; of all others).
   """
 
   split: str
@@ -86,6 +88,7 @@ class Evaluation:
   think_tokens: int
   dropped: int
   residual: float | None
+  difficulty: Difficulty | None
   seconds: Mapping[str, tuple[float, float]]
 
   @property
@@ -144,13 +147,15 @@ class Runner:
     return before, np.zeros(trace.valid_BN.shape[1], bool)
 
   def _think(self, params, batch, key, before, before_N):
-    """(Source, what the next batch has before it, think tokens used, thoughts that had no room, sum of residuals)."""
+    """(Source, what the next batch has before it, think tokens used in each row, thoughts that had no room, sum of
+    residuals).
+    """
     trace = self.subject.rollout(params, batch, jax.random.fold_in(key, 0), thought=self.thought)
     decoder = self.subject.model.bind(params)
     source = Source(trace.thoughts, trace.valid_BN, decoder.embed(decoder.pause), before, before_N)
     dropped = 0 if trace.dropped_B is None else trace.dropped_B.sum()
     residual = 0 if trace.residual_BGN is None else (trace.residual_BGN[:, 0] * trace.valid_BN).sum()
-    return source, latest(source), trace.used_BGN.sum(), dropped, residual
+    return source, latest(source), trace.used_BGN.sum(axis=(1, 2)), dropped, residual
 
   def _turn(self, control):
     def turn(params, batch, source):
@@ -220,7 +225,8 @@ class Collector:
     self._real_B: list[np.ndarray] = []
     self._calibration: list[Calibration] = []
     self._before = None
-    self._anchors = self._real = self._think = self._dropped = 0
+    self._used: list[np.ndarray] = []
+    self._anchors = self._real = self._dropped = 0
     self._residual = 0.0
     self._seconds: dict[str, list[float]] = {}
 
@@ -240,7 +246,7 @@ class Collector:
       before = self._before or self._runner.first(params, batch)
       source, after, used, dropped, residual = self._timed("thinking", self._runner.think, params, batch, key, *before)
       self._before = jax.device_get(after)  # on the host: a later batch then compiles nothing new
-      self._think += int(used)
+      self._used.append(jax.device_get(used)[host.segments_BT[:, 0] > 0])
       self._dropped += int(dropped)
       self._residual += float(residual)
       self._anchors += int(source.valid_BN.sum())
@@ -291,11 +297,21 @@ class Collector:
       generated=generated,
       anchors=self._anchors,
       real_tokens=self._real,
-      think_tokens=self._think,
+      think_tokens=int(sum(used_B.sum() for used_B in self._used)),
       dropped=self._dropped,
+      difficulty=self._difficulty(arms),
       residual=self._residual / max(self._anchors, 1) if self._runner.thought.iterations else None,
       seconds={part: (seconds[0], sum(seconds[1:])) for part, seconds in self._seconds.items()},
     )
+
+  def _difficulty(self, arms) -> Difficulty | None:
+    """Of a task that knows how hard its examples are, where there are thoughts."""
+    task = self._data.task
+    if task is None or task.difficulty is None or not self._used:
+      return None
+    right_R = arms[self._controls[0]].sums.whole_R
+    levels = [task.difficulty(example) for example in self._data.examples(self._split, len(right_R))]
+    return Difficulty(np.array(levels, np.float64), np.concatenate(self._used).astype(np.float64), right_R)
 
 
 def _arm(rest, scored, reference, changed) -> Arm:

@@ -3,8 +3,10 @@
 effect_none, effect_shuffled: nats per target that it costs to leave the thoughts out, or to put another sequence's in
 their place: 0 or less, and the content of the thoughts does nothing. sampler_mismatch: largest difference between the
 log-probabilities of a drawn thought as the serial path draws it and as the parallel path scores it, in nats.
-nll_grad_norm, score_grad_norm: norms of the two terms' gradients, as weighted. thought_rank: effective dimensions of
-the last think inputs, (sum of variances)^2 / sum of squared covariances.
+nll_grad_norm, score_grad_norm: norms of the two terms' gradients, as weighted. chain_grad_first, chain_grad_last: norms
+of the gradient, in nats per target, that reaches the first and the last think token of thoughts whose tokens are made
+one from another; of one-token thoughts that stay in the context, of the first and the last in a row. thought_rank:
+effective dimensions of the last think inputs, (sum of variances)^2 / sum of squared covariances.
 """
 
 import dataclasses
@@ -18,7 +20,8 @@ import optax
 from thinking_lm.errors import ConfigError
 from thinking_lm.evaluation.controls import Source, counted, shuffled
 from thinking_lm.evaluation.evaluators import Subject
-from thinking_lm.types import Batch, Carried, Params
+from thinking_lm.objectives.bounds import BOUNDS
+from thinking_lm.types import Batch, Carried, Params, Trace
 
 
 class Examination:
@@ -80,6 +83,7 @@ class Examination:
     found = dict(effect_none=nats(without, every_BT) - nats(own, every_BT))
     if thought.kind == "pause":
       return found
+    found |= self._chain(params, batch, own)
     other, changed_BN = shuffled(self._source(own))
     kept_BT = counted(batch, self._subject.place(params, batch, thought), changed_BN, thought.topology) * every_BT
     replaced = roll(params, batch, self._key, given=other, thought=thought)
@@ -91,6 +95,24 @@ class Examination:
       apart_BGN = jnp.abs(drawn.policy_logp_BGN - scored.policy_logp_BGN)
       found["sampler_mismatch"] = jnp.max(jnp.where(drawn.valid_BN[:, None], apart_BGN, 0.0), initial=0.0)
     return found
+
+  def _chain(self, params: Params, batch: Batch, own: Trace) -> dict[str, jax.Array]:
+    """Norms at both ends of the chain of think tokens; nothing where there is none."""
+    thought, shape = self._thought, own.thoughts.inputs_BGNJD.shape
+    within = thought.length > 1
+    if not thought.chained or not (within or (thought.topology == "persistent" and shape[2] > 1)):
+      return {}
+
+    def loss(taps_BGNnD):
+      return -BOUNDS["J"].value(self._subject.rollout(params, batch, self._key, thought=thought, taps=taps_BGNnD))
+
+    grads_BNnD = jax.grad(loss)(jnp.zeros(shape))[:, 0] / jnp.maximum(batch.weights_BT.sum(), 1)
+    if within:
+      first, last = grads_BNnD[:, :, 0], grads_BNnD[:, :, -1]
+    else:
+      at_B = jnp.maximum(own.valid_BN.sum(axis=1) - 1, 0)  # valid anchors come first
+      first, last = grads_BNnD[:, 0], jnp.take_along_axis(grads_BNnD, at_B[:, None, None, None], axis=1)
+    return dict(chain_grad_first=optax.tree.norm(first), chain_grad_last=optax.tree.norm(last))
 
   def _source(self, trace) -> Source:
     """Thoughts to be shuffled within the batch alone: nothing comes before it."""

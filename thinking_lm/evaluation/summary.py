@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from thinking_lm.evaluation import calibration
+from thinking_lm.evaluation import calibration, difficulty
 from thinking_lm.evaluation.controls import NONE
 from thinking_lm.evaluation.evaluators import Arm, Evaluation, RowSums
 from thinking_lm.evaluation.intervals import Interval, ratio, share, wilson
@@ -40,6 +40,7 @@ def summarise(found: Evaluation, tagging: bool, task: bool) -> dict[str, Any]:
     draws={str(k): _draws(found, k) for k in found.draws},
     positions={name: _positions(arm) for name, arm in found.arms.items()} if tagging else None,
     calibration=calibration.summarise(found.calibration),
+    difficulty=None if found.difficulty is None else difficulty.summarise(found.difficulty),
     generated=_generated(found.generated),
     omitted=dict(found.omitted),
     seconds={part: dict(first_batch=first, other_batches=rest) for part, (first, rest) in found.seconds.items()},
@@ -131,6 +132,8 @@ def table(summary: Mapping[str, Any], positions: bool = False) -> str:
     rows = [("generated", "score", "whole"), ("answers", *map(text, summary["generated"].values()))]
     blocks.append(aligned(rows))
   blocks += _calibration(summary["calibration"])
+  if summary["difficulty"]:
+    blocks.append(_difficulty(summary["difficulty"]))
   if positions and summary["positions"]:
     names = list(summary["positions"])
     by_T = zip(*summary["positions"].values(), strict=True)
@@ -147,6 +150,16 @@ def table(summary: Mapping[str, Any], positions: bool = False) -> str:
       "share of its norm"
     )
   return "\n\n".join([*blocks, "\n".join(notes)] if notes else blocks)
+
+
+def _difficulty(values: Mapping[str, Any]) -> str:
+  """How hard, how long, how well."""
+  rows = [("difficulty", "rows", "think tokens", "accuracy")]
+  for one in values["levels"]:
+    rows.append((f"{one['level']:g}", str(one["rows"]), f"{one['used']:.2f}", text(one["accuracy"])))
+  value = values["correlation"]
+  said = "none: one of them is the same for all rows" if value[0] is None else text(value)
+  return f"{aligned(rows)}\nrank correlation of think tokens with difficulty: {said}"
 
 
 def _calibration(values: Mapping[str, Any] | None) -> list[str]:

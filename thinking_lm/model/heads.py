@@ -39,12 +39,13 @@ class Pair(nnx.Module):
 
 
 HEADS: dict[str, Callable[[int, nnx.Rngs], nnx.Module]] = dict(
-  value=Scalar, mix=Pair, halt=Scalar, router=Scalar, verdict=Scalar
+  value=Scalar, mix=Pair, halt=Scalar, router=Scalar, verdict=Scalar, surrogate=Pair
 )
 """name -> the module.
 
 value: the reward that is expected of a thought, read off its anchor's hidden state. mix: log-odds of trusting the
 prediction after a thought, of the hidden states without it and with it. halt: log-odds that a thought ends at a state.
 router: log-odds that there is a thought at all, of its anchor's hidden state. verdict: log-odds of the label 1 against
-0; in a model with this head it predicts the targets, and not the language-model head.
+0; in a model with this head it predicts the targets, and not the language-model head. surrogate: RELAX's control
+variate, of the state that a token is drawn from and the embedding of its relaxed copy.
 """

@@ -76,14 +76,10 @@ def _backward(spec, kept, cotangents):
   dmade, dcache, dstate = cotangents
   calls = _Calls(spec, params, facts, made, [*past, cache], dmade.hidden_BSD, dcache)
   buffers, scales, dhidden_BD = calls.rounds(dstate.hidden_BD)
-  S = made.inputs_BSD.shape[1]
-  fed = jnp.arange(S) % spec.shape.width
-  think_S = (fed == 0) | (fed >= spec.shape.joint)
-  dknown_BSD = jnp.where(think_S[:, None], 0, buffers.dx_BSD)
   dparams = _parameters(spec, params, facts, made, calls.saved, *buffers, scales)
   dparams = constrain_each(dparams, named(spec, params))
   dpast = _earlier(calls.saved, buffers.rows, past)
-  return dparams, dknown_BSD, None, State(dhidden_BD, None), dpast
+  return dparams, buffers.dx_BSD, None, State(dhidden_BD, None), dpast
 
 
 segment.defvjp(_forward, _backward)

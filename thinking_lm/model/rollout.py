@@ -7,24 +7,31 @@ one pass over all slots gives the same numbers; when they are guessed, several p
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from thinking_lm.model import behind, replay
+from thinking_lm.model import behind, relaxing, replay
 from thinking_lm.model.decoder import Model, Seen
 from thinking_lm.model.jacobi import stream_iterated
 from thinking_lm.model.readout import mixed_logp, policy, several_logp, target_logp, token_policy, weight
 from thinking_lm.model.serial import stream_serial
-from thinking_lm.model.thinking import empty_cache, think
-from thinking_lm.thoughts import answer, halting, relaxed, report, topology
+from thinking_lm.model.thinking import empty_cache, tapped, think
+from thinking_lm.thoughts import answer, halting, report, topology
 from thinking_lm.thoughts.spec import ThoughtConfig
-from thinking_lm.thoughts.tokens import fold
 from thinking_lm.types import Batch, Layout, Params, Report, Thoughts, Trace
 
 
 def rollout(
-  model: Model, config: ThoughtConfig, params: Params, batch: Batch, layout: Layout, key, given: Thoughts | None = None
+  model: Model,
+  config: ThoughtConfig,
+  params: Params,
+  batch: Batch,
+  layout: Layout,
+  key,
+  given: Thoughts | None = None,
+  taps_BGNnD=None,
 ) -> Trace:
   """Thinks at the anchors of `layout` and scores the batch's targets.
 
@@ -32,6 +39,8 @@ def rollout(
     key: random key; what is drawn depends on it, on `batch.ids_B`, the sample and the anchor only, not on how rows are
       grouped or sharded.
     given: think tokens to use instead of thinking. `inputs_BGNJD` are fed as they are.
+    taps_BGNnD: zeros, whose gradient is that of the input of each think token, through all that is made of it. For
+      thoughts that gradients flow through (`ThoughtConfig.chained`).
 
   Returns:
     A Trace with G = config.samples (1 for the plain decoder). Gradients with respect to `params` flow through
@@ -49,7 +58,7 @@ def rollout(
     given = _pauses(decoder, config, layout)
   if given is None and config.length and config.kind_of.policy and config.rescore:
     drawer = model.bind(jax.lax.stop_gradient(params))
-  return run(decoder, drawer, config, batch, layout, keys_BGN, given)
+  return run(decoder, drawer, config, batch, layout, keys_BGN, given, taps_BGNnD)
 
 
 def _keys(config, batch, layout, key):
@@ -85,7 +94,7 @@ def _wrap(decoder, config, thoughts):
   return jnp.where(closed_XJ[..., None], stop, slots_XJD)
 
 
-def _persistent(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
+def _persistent(decoder, drawer, config, batch, layout, keys_BGN, given, taps_BGNnD) -> Trace:
   """Thoughts in one stream with the real tokens. The G samples are rows of their own: their pasts differ."""
   B, G = batch.tokens_BT.shape[0], config.samples if config.length else 1
   N, J = layout.anchors_BN.shape[1], config.slots
@@ -94,8 +103,9 @@ def _persistent(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trac
   rows, row_layout = jax.tree.map(lambda a: jnp.repeat(a, G, axis=0), (batch, layout))
   stream = topology.persistent(rows, row_layout, J, config.rotary)
   keys_BN = None if keys_BGN is None else merge(keys_BGN)
-  given = None if given is None else jax.tree.map(merge, given)
-  hidden_BSD, thoughts, stream, residual = _stream(decoder, drawer, config, rows, stream, keys_BN, row_layout, given)
+  given, taps = jax.tree.map(merge, (given, taps_BGNnD))
+  found = _stream(decoder, drawer, config, rows, stream, keys_BN, row_layout, given, taps)
+  hidden_BSD, thoughts, stream, residual = found
 
   think_BX = (stream.thought_BN[..., None] + jnp.arange(J)).reshape(B * G, N * J)
   think_BNJD = _gather(hidden_BSD, think_BX).reshape(B * G, N, J, hidden_BSD.shape[-1])
@@ -122,7 +132,7 @@ def _persistent(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trac
   )
 
 
-def _stream(decoder, drawer, config, rows, stream, keys_BN, layout, given):
+def _stream(decoder, drawer, config, rows, stream, keys_BN, layout, given, taps_BNnD):
   """(hidden_BSD of all slots, Thoughts [B, N, ...], the stream with the ends of its thoughts, residual_BN or None)."""
   x_BSD = decoder.embed(topology.take(rows.tokens_BT, stream.token_BS, 0))
   B, S, D = x_BSD.shape
@@ -148,12 +158,12 @@ def _stream(decoder, drawer, config, rows, stream, keys_BN, layout, given):
     drawn = stream_serial(drawer, config, stream, jax.lax.stop_gradient(x_BSD), keys_BN, layout)[1]
     given = actions(decoder, config, drawn)
   if given is None:
-    return *stream_serial(decoder, config, stream, x_BSD, keys_BN, layout)[:3], None
+    return *stream_serial(decoder, config, stream, x_BSD, keys_BN, layout, taps_BNnD)[:3], None
   ended = topology.end(stream, behind.last(decoder, config, given))
   return at_once(decoder, fed(decoder, x_BSD, given), ended), given, ended, None
 
 
-def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
+def _private(decoder, drawer, config, batch, layout, keys_BGN, given, taps_BGNnD) -> Trace:
   """All thoughts of all anchors and samples side by side, on one shared prefix that knows nothing of them."""
   B, T = batch.tokens_BT.shape
   G, N, J = config.samples, layout.anchors_BN.shape[1], config.slots
@@ -165,14 +175,14 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
   anchors = lambda hidden_B1TD: tile(_gather(hidden_B1TD[:, 0], layout.anchors_BN))
   ahead_BPAD = decoder.embed(tile(pick(batch.tokens_BT, plan.ahead_BNA, 0)))
   keys_BP = None if keys_BGN is None else keys_BGN.reshape(B, G * N)
-  given = None if given is None else jax.tree.map(lambda a: a.reshape(B, G * N, *a.shape[3:]), given)
+  given, taps = jax.tree.map(lambda a: a.reshape(B, G * N, *a.shape[3:]), (given, taps_BGNnD))
   prefix_BP1T = tile(plan.prefix_BNT)[:, :, None]
   facts = replay.Pass(batch.positions_BT[:, None], mask, tile(plan.positions_BNX), None, prefix_BP1T)
   inputs = (decoder.embed(batch.tokens_BT)[:, None], anchors, ahead_BPAD, keys_BP, facts)
   if given is None and drawer is not None:
     (base_B1TD, hidden_BPXD), thoughts, prefix, scores = _drawn(decoder, drawer, config, *inputs)
   else:
-    (base_B1TD, hidden_BPXD), thoughts, prefix, scores = _made(decoder, config, *inputs, given)
+    (base_B1TD, hidden_BPXD), thoughts, prefix, scores = _made(decoder, config, *inputs, given, taps)
   anchor_BPD = anchors(base_B1TD)
   base_logp_BT, base_hit_BT, base_top_BT = target_logp(decoder, base_B1TD[:, 0], batch.targets_BT)
 
@@ -204,10 +214,9 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
   )
   if config.relaxation and drawer is not None:
     before_BPD = hidden_BPXD[:, :, 0] if config.opening else anchor_BPD
-    copies = _relaxed(decoder, drawer, config, before_BPD, thoughts.tokens_BGNJ.reshape(B, G * N), keys_BP)
-    relaxed_BPM = _constant_logp(drawer, config, anchor_BPD, ahead_BPAD, facts, prefix, copies, targets_BPM)
-    relaxed_BGN = jnp.sum(split(relaxed_BPM) * weights_BNM[:, None], axis=-1)
-    trace = trace.replace(relaxed_BGN=jnp.where(trace.valid_BN[:, None], relaxed_BGN, 0.0))
+    drawn = (decoder, drawer, config, before_BPD, thoughts.tokens_BGNJ.reshape(B, G * N), keys_BP)
+    found = _controls(*drawn, anchor_BPD, ahead_BPAD, facts, prefix, targets_BPM, tile(weights_BNM))
+    trace = trace.replace(**jax.tree.map(split, found))
   learned = _learned(decoder, config, anchor_BPD, hidden_BPXD, readout_BPMD, targets_BPM, tile(weights_BNM))
   trace = trace.replace(**jax.tree.map(split, learned))
   if config.lookahead > 1:
@@ -215,19 +224,16 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given) -> Trace:
   return trace
 
 
-def _relaxed(decoder, drawer, config, before_BPD, tokens_BP, keys_BP) -> Thoughts:
-  """The relaxed copies of drawn single tokens (`thoughts.relaxed`), differentiable in the policy only."""
-  keys_BP = fold(keys_BP, config.length)  # 0 ... drew the thought
-  logp_BPV = jax.nn.log_softmax(decoder.logits(before_BPD) / config.temperature)
-  weights_BPV = relaxed.weights(relaxed.coupled(logp_BPV, tokens_BP, keys_BP), config.relaxation)
-  return Thoughts(drawer.mix(weights_BPV.astype(before_BPD.dtype))[:, :, None], tokens_BP[..., None])
-
-
-def _constant_logp(drawer, config, anchor_BPD, ahead_BPAD, facts, prefix, copies, targets_BPM):
-  """log p of the targets after other thoughts, which are all that gradients flow to."""
-  anchor, ahead, past = jax.lax.stop_gradient((anchor_BPD, ahead_BPAD, facts.past(prefix)))
+def _controls(decoder, drawer, config, before, tokens, keys, anchor, ahead, facts, prefix, targets, weights) -> dict:
+  """Control variates of P drawn tokens, as in Trace: what a head says of relaxed copies, or the outcome after these."""
+  drawn = (decoder, drawer, config, before, tokens, keys)
+  if "surrogate" in decoder.heads:
+    return dict(surrogate=relaxing.learned(*drawn))
+  anchor, ahead, past = jax.lax.stop_gradient((anchor, ahead, facts.past(prefix)))
+  copies = relaxing.copies(*drawn)
   hidden = _side_by_side(drawer, config, anchor, ahead, facts.positions_BPX, None, past, copies)[0]
-  return target_logp(drawer, hidden[:, :, config.slots - 1 :], targets_BPM)[0]
+  logp_BPM = target_logp(drawer, hidden[:, :, config.slots - 1 :], targets)[0]
+  return dict(relaxed_BGN=jnp.sum(logp_BPM * weights, axis=-1))
 
 
 def _drawn(decoder, drawer, config, x_B1TD, anchors, ahead_BPAD, keys_BP, facts):
@@ -256,15 +262,15 @@ def _drawn(decoder, drawer, config, x_B1TD, anchors, ahead_BPAD, keys_BP, facts)
   return hidden, thoughts, prefix, (draft.logp_nBP, draft.entropy_nBP)
 
 
-def _made(decoder, config, x_B1TD, anchors, ahead_BPAD, keys_BP, facts, given):
+def _made(decoder, config, x_B1TD, anchors, ahead_BPAD, keys_BP, facts, given, taps_BPnD):
   """The same for thoughts that are given, or made with gradients through every step; not scored yet."""
   base_B1TD, prefix = decoder(x_B1TD, facts.positions_B1T, facts.mask_B1TT)
-  streams = (anchors(base_B1TD), ahead_BPAD, facts.positions_BPX, keys_BP, facts.past(prefix), given)
+  streams = (anchors(base_B1TD), ahead_BPAD, facts.positions_BPX, keys_BP, facts.past(prefix), given, taps_BPnD)
   hidden_BPXD, thoughts = _side_by_side(decoder, config, *streams)
   return (base_B1TD, hidden_BPXD), thoughts, prefix, None
 
 
-def _side_by_side(decoder, config, anchor_BPD, ahead_BPAD, positions_BPX, keys_BP, past, given):
+def _side_by_side(decoder, config, anchor_BPD, ahead_BPAD, positions_BPX, keys_BP, past, given, taps_BPnD=None):
   """(hidden_BPXD of the J think slots, A look-ahead tokens and answers of P private streams, Thoughts [B, P, ...])."""
   (B, P, A, _), J = ahead_BPAD.shape, config.slots
   if given is not None:
@@ -272,7 +278,9 @@ def _side_by_side(decoder, config, anchor_BPD, ahead_BPAD, positions_BPX, keys_B
     mask = behind.mask(decoder, config, given, A, x.shape[2] - J)
     return decoder(x, positions_BPX[:, :, : x.shape[2]], mask, past)[0], given
   fresh = Seen(empty_cache(decoder, B, P, J), jnp.zeros((1, 1, 1, 0), bool))
-  hidden, thoughts, cache = think(decoder, config, anchor_BPD, positions_BPX[:, :, :J], keys_BP, past, fresh)
+  make = None if taps_BPnD is None else functools.partial(tapped, decoder, config, taps_BPnD)
+  streams = (anchor_BPD, positions_BPX[:, :, :J], keys_BP, past, fresh)
+  hidden, thoughts, cache = think(decoder, config, *streams, make=make)
   if config.answer:
     thoughts = behind.answer(decoder, config, anchor_BPD, hidden, positions_BPX, keys_BP, past, cache, thoughts, A)
   x = behind.tokens(decoder, ahead_BPAD, thoughts)

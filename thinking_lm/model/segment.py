@@ -236,7 +236,7 @@ def forward(spec: Spec, params, known_BSD, facts: Facts, state: State, past: lis
   """Runs the rounds of a segment.
 
   Args:
-    known_BSD: inputs of real and control slots; whatever at think tokens.
+    known_BSD: inputs of real and control slots; at think tokens what is added to them (zeros, to tap their gradient).
     past: layered caches of the segments before.
 
   Returns:
@@ -257,7 +257,7 @@ def forward(spec: Spec, params, known_BSD, facts: Facts, state: State, past: lis
     used_B = halting.drawn(decoder, config, progress, token, n - 1).used_X
     if config.may_end:
       segments = _end(config, segments, used_B, A - S + first + shape.lead)
-    x = jax.lax.dynamic_slice_in_dim(known_BSD, first, shape.joint, axis=1).at[:, 0].set(z)
+    x = cut(known_BSD, first, shape.joint).at[:, 0].add(z)
     joint, caches = call(caches, x, segments, first)
     hidden = jnp.take_along_axis(joint, anchor(shape, segments, A - S + first)[:, None, None], axis=1)[:, 0]
     hidden = constrain(hidden, "batch", None)
@@ -267,6 +267,7 @@ def forward(spec: Spec, params, known_BSD, facts: Facts, state: State, past: lis
       (source, progress), caches = carry
       z, token = emit(decoder, config, source, fold(begins_B, i), i, progress)
       progress = halting.drawn(decoder, config, progress, token, i)
+      z += cut(known_BSD, first + shape.joint + i, 1)[:, 0]
       hidden, caches = call(caches, z[:, None], segments, first + shape.joint + i)
       progress = halting.reached(decoder, config, progress, hidden[:, 0], i + 1)
       return (State(hidden[:, 0], progress), caches), (hidden[:, 0], z, token, source)

@@ -44,12 +44,15 @@ def segments(config: ThoughtConfig, sizes: tuple[int, ...], tail: int) -> list[S
   return [*found, Shape(1, lead, tail, 0, 0)]
 
 
-def stream_serial(decoder: Decoder, config: ThoughtConfig, stream: topology.Stream, x_BSD, keys_BN, layout: Layout):
+def stream_serial(
+  decoder: Decoder, config: ThoughtConfig, stream: topology.Stream, x_BSD, keys_BN, layout: Layout, taps_BNnD=None
+):
   """Thinks along a stream.
 
   Args:
     x_BSD: inputs of the real slots; whatever elsewhere.
     keys_BN: random keys of the thoughts; None for kinds that draw nothing.
+    taps_BNnD: zeros, whose gradient is that of the input of each think token.
 
   Returns:
     (hidden_BSD, Thoughts [B, N, ...], the stream with the ends of its thoughts, the cache).
@@ -67,6 +70,9 @@ def stream_serial(decoder: Decoder, config: ThoughtConfig, stream: topology.Stre
     x_BSD = jnp.where((stream.step_S == 0)[:, None], decoder.embed(decoder.start), x_BSD)
   if config.closing:
     x_BSD = jnp.where((stream.step_S == J - 1)[:, None], decoder.embed(decoder.stop), x_BSD)
+  step_S = stream.step_S - config.opening
+  taps_BSD = _taps(stream, step_S, taps_BNnD).astype(x_BSD.dtype)
+  x_BSD = jnp.where(((step_S >= 0) & (step_S < n))[:, None], taps_BSD, x_BSD)
   ahead = lambda a: jnp.pad(a, ((0, 0), (lead, 0), *[(0, 0)] * (a.ndim - 2)))
   x_BSD, segments_BS, positions_BS = map(ahead, (x_BSD, stream.segments_BS, stream.positions_BS))
   x_BSD = constrain(x_BSD, *ROWS)
@@ -94,6 +100,15 @@ def stream_serial(decoder: Decoder, config: ThoughtConfig, stream: topology.Stre
   used_BN = jnp.take_along_axis(used_BR, block_S[jnp.minimum(stream.thought_BN, S - 1)], axis=1)
   thoughts = Thoughts(inputs_BXD.reshape(*index_BNn.shape, D), tokens_BX.reshape(index_BNn.shape), used_BN)
   return whole("hidden_BSD"), thoughts, topology.end(stream, config.last(used_BN)), _cache(past, lead)
+
+
+def _taps(stream, step_S, taps_BNnD):
+  """taps_BSD, each at the slot of its think token; 0 elsewhere, and everywhere where there are none."""
+  if taps_BNnD is None:
+    return jnp.zeros(())
+  B, N, n, D = taps_BNnD.shape
+  index_BS = jnp.where(stream.anchor_BS < N, stream.anchor_BS * n + step_S, N * n)
+  return topology.take(taps_BNnD.reshape(B, N * n, D), index_BS[..., None], 0.0)
 
 
 def _round_keys(stream, keys_BN, sizes, J):

@@ -93,6 +93,12 @@ def cached(decoder, J: int, edge, positions_BPJ, past: Seen | None, own: Seen):
   return slot
 
 
+def tapped(decoder, config, taps_XnD, hidden_XD, keys_X, i, progress, memory):
+  """`think`'s way to make think token i, with zeros added whose gradient is that of its input."""
+  x, token = emit(decoder, config, hidden_XD, keys_X, i, progress)
+  return x + jax.lax.dynamic_index_in_dim(taps_XnD, i, axis=-2, keepdims=False).astype(x.dtype), token, memory
+
+
 def emit(decoder, config, hidden_XD, keys_X, i, progress):
   """(input_XD, token_X) of think token i."""
   if config.report:

@@ -39,6 +39,9 @@ class HealthConfig:
   lengthy: float = option(0.9, "warn: correlation of think tokens and reward within a group", low=0, high=1)
   drift: float = option(10.0, "warn: KL to the reference above so many times its median so far", low=0)
   gradients: float = option(1e3, "warn: one term's gradient norm is so many times the other's", low=0)
+  chain: float = option(
+    1e3, "warn: gradients at one end of a chain of think tokens are so many times the other's", low=0
+  )
   mismatch: float = option(0.0, "warn: sampler and learner differ by so many nats; 0: 1e-4, or 0.05 in bfloat16", low=0)
   effect: bool = option(True, "warn: the reward rises and thoughts have no effect on the prediction")
 
@@ -218,6 +221,8 @@ def rules(config: HealthConfig, vocabulary_size: int, half_precision: bool, poli
     return Rule((name,), of_first(name), bound or None, None, advice, stops)
 
   pair = ("nll_grad_norm", "score_grad_norm")
+  ends = ("chain_grad_first", "chain_grad_last")
+  fading = "gradients explode or vanish from think token to think token: shorten thoughts, or lower rates"
   unbalanced, drowned = imbalance(*pair), "one term drowns the other: change objective.score_weight"
   unearned = "the reward rises, and not by thinking better"
   table = dict(
@@ -233,6 +238,7 @@ def rules(config: HealthConfig, vocabulary_size: int, half_precision: bool, poli
     flat=above(c.flat, "flat_groups", "no signal: thoughts change nothing yet"),
     drift=above(c.drift, "kl", "the policy jumps away from its reference", of_median),
     gradients=Rule(pair, unbalanced, None, c.gradients or None, drowned),
+    chain=Rule(ends, imbalance(*ends), None, c.chain or None, fading),
     mismatch=above(mismatch, "sampler_mismatch", "drawn thoughts are scored as other ones"),
     effect=Rule(("effect_none", "reward"), gain_without_effect, None, 0.0 if c.effect else None, unearned),
   )

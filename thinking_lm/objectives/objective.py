@@ -26,6 +26,7 @@ from thinking_lm.objectives.bounds import BOUNDS
 from thinking_lm.objectives.policy import ESTIMATORS, RATIOS, approximate_kl, bounded_exp, surrogate
 from thinking_lm.objectives.rewards import REWARDS, prefix_match
 from thinking_lm.objectives.scores import SCORES, score
+from thinking_lm.objectives.variates import VARIATES, variance
 from thinking_lm.types import Batch, Beside, Trace, Vocabulary
 
 NOTHING = Beside()
@@ -43,6 +44,7 @@ class ObjectiveConfig:
   score_weight: float = option(0.0, "of the policy-gradient term; needs kind sampled", low=0)
   base_weight: float = option(0.0, "of -log p(target) without thoughts; needs topology private", low=0)
   entropy_weight: float = option(0.0, "of a thought's entropy, mean nats of its tokens; needs kind sampled", low=0)
+  entropy_steps: int = option(0, "training steps over which entropy_weight falls to 0 in a line; 0: it stays", low=0)
   bound: str = option("J", "which expectation over thoughts the NLL term maximises", choices=BOUNDS)
   reward: str = option("log_prob", "what the score term pays a thought for", choices=REWARDS)
   price: float = option(0.0, "what a think token costs a thought, in units of the reward", low=0)
@@ -51,7 +53,8 @@ class ObjectiveConfig:
   scoring: str = option("brier", "which scoring rule judges what a thought reports", choices=SCORES)
   calibration_weight: float = option(0.0, "of that score in the reward; needs thought.report", low=0)
   advantage: str = option("leave_one_out", "how the score term centres rewards", choices=ADVANTAGES)
-  control: float = option(0.0, "weight of REBAR's control variate in the score term, see thought.relaxation", low=0)
+  control: float = option(0.0, "weight of a control variate in the score term, see thought.relaxation", low=0)
+  variate: str = option("rebar", "control above 0: its variate, the relaxed reward or a learned one", choices=VARIATES)
   exact: bool = option(False, "draw nothing: nll_weight weighs the bound itself, summed over every thought there is")
   baseline_decay: float = option(0.99, "advantages ema, value: of the running mean of rewards, per update", low=0)
   value_weight: float = option(0.5, "advantage value: of the head's squared error, in squared units of reward", above=0)
@@ -81,9 +84,19 @@ class ObjectiveConfig:
       found.append("teacher_decay is read by the rewards that compare with no thought: info_gain, under a score_weight")
     if self.kl_reference and not self.kl_weight:
       found.append("kl_reference is read where kl_weight is above 0")
+    if self.variate != "rebar" and not self.control:
+      found.append(f"variate {self.variate!r} is read where control is above 0")
+    if self.entropy_steps and not self.entropy_weight:
+      found.append("entropy_steps is read where entropy_weight is above 0")
     if self.exact and self.score_weight:
       found.append("exact has both terms of the gradient in the value that nll_weight weighs: set score_weight to 0")
     return found + (self._mismatches() if self.score_weight else []) + (self._control_faults() if self.control else [])
+
+  def entropy_at(self, step):
+    """entropy_weight at a training step, a number or traced: a policy explores while it is above 0."""
+    if not self.entropy_steps:
+      return self.entropy_weight
+    return self.entropy_weight * jnp.maximum(1 - jnp.asarray(step, jnp.float32) / self.entropy_steps, 0)
 
   def _control_faults(self) -> list[str]:
     """Score terms from which a control variate cannot be taken without a bias."""
@@ -93,10 +106,11 @@ class ObjectiveConfig:
     if not ADVANTAGES[self.advantage].linear:
       linear = ", ".join(name for name, member in ADVANTAGES.items() if member.linear)
       found.append(f"control needs an advantage that is r_g less a baseline, got {self.advantage!r}; known: {linear}")
-    if not REWARDS[self.reward].smooth:
+    if VARIATES[self.variate].smooth and not REWARDS[self.reward].smooth:
       smooth = ", ".join(name for name, member in REWARDS.items() if member.smooth)
       found.append(
-        f"control needs a reward that is a smooth function of the outcome, got {self.reward!r}; known: {smooth}"
+        f"variate {self.variate!r} needs a reward that is a smooth function of the outcome, got {self.reward!r}; "
+        f"known: {smooth}"
       )
     return found
 
@@ -123,13 +137,17 @@ class ObjectiveConfig:
 
 
 def objective(
-  config: ObjectiveConfig, trace: Trace, beside: Beside = NOTHING, extra: Mapping[str, Any] = MappingProxyType({})
+  config: ObjectiveConfig,
+  trace: Trace,
+  beside: Beside = NOTHING,
+  extra: Mapping[str, Any] = MappingProxyType({}),
+  step=0,
 ) -> tuple[jax.Array, dict[str, Mean]]:
   """(loss summed over targets, metrics). `metrics["loss"]` holds that sum and the number of targets.
 
   Args:
     beside: what other passes over the same rows tell, as far as the config asks for it.
-    extra: what is carried from earlier steps (carry.py).
+    extra: what is carried from earlier steps (carry.py). step: number of finished steps, for schedules.
 
   With `beside.drawn_logp_BGNJ` the thoughts were drawn by older parameters: the score term then has clipped importance
   ratios (policy.py), and rewards are those of the present reader. The other terms take the thoughts as they come: their
@@ -149,7 +167,7 @@ def objective(
   if config.base_weight:
     loss -= config.base_weight * jnp.sum(trace.base_logp_BT * trace.weights_BT)
   if config.entropy_weight:
-    loss -= config.entropy_weight * jnp.sum(trace.entropy_BGN.mean(axis=1) * trace.valid_BN)
+    loss -= config.entropy_at(step) * jnp.sum(trace.entropy_BGN.mean(axis=1) * trace.valid_BN)
   if config.score_weight:
     term, share_B, told = _score(config, trace, beside, extra)
     loss += term
@@ -168,20 +186,20 @@ def objective(
 def _score(config, trace, beside, extra):
   """(-score_weight sum over thoughts of A log pi(z) / G, share of each row's targets it is averaged over, metrics).
 
-  With a value head, also its squared error.
+  With a value head, also its squared error; with a surrogate head, the variance that it leaves.
 
   The share is that of the row's groups which the advantage keeps: rows are never split between devices or
   micro-batches, so that the counts of a global batch add up. Metrics: reward, its reward_std within a group, the share
   of flat_groups (whose thoughts are all paid the same, see `varied`), advantage_abs; length_reward, the correlation of
   think tokens and reward within a group, where both vary; with a value head value_explained,
-  1 - its squared error / that of the running mean of rewards (1 is perfect, 0 no better than that mean).
+  1 - its squared error / that of the running mean of rewards (1 is perfect, 0 no better than that mean); with a
+  surrogate head variance_left, the mean square of the score term's gradient at the logits / that without the head.
   """
   member, (B, G, N) = ADVANTAGES[config.advantage], trace.outcome_BGN.shape
   reward_BGN = reward_of(config, trace, beside)
   credit_BGN, control_BGN = reward_BGN, jnp.zeros_like(reward_BGN)
   if config.control:
-    copies = BOUNDS[config.bound].credit(trace.replace(outcome_BGN=trace.relaxed_BGN))
-    control_BGN = config.control * REWARDS[config.reward].of(copies)
+    control_BGN = config.control * VARIATES[config.variate].of(config, trace)
     credit_BGN -= jax.lax.stop_gradient(control_BGN)
   against = () if member.baseline is None else (BASELINES[member.baseline].of(config, trace, beside, extra),)
   advantage_BGN = member.of(credit_BGN, *against)
@@ -199,6 +217,13 @@ def _score(config, trace, beside, extra):
     advantage_abs=Mean.of(jnp.abs(advantage_BGN), valid_BGN),
     length_reward=_correlation(trace.used_BGN.astype(jnp.float32), reward_BGN, trace.valid_BN),
   )
+  if config.control and VARIATES[config.variate].head:
+    left = lambda weight: variance(
+      member.of(reward_BGN - weight * trace.surrogate.learned_BGN, *against), weight, trace.surrogate
+    )
+    left_BN, plain_BN = left(config.control) * keep_BN, jax.lax.stop_gradient(left(0.0)) * keep_BN
+    loss += jnp.sum(left_BN)
+    told |= dict(variance_left=Mean(jnp.sum(left_BN), jnp.sum(plain_BN)))
   if member.baseline and BASELINES[member.baseline].head:
     error_BGN = jnp.square(trace.value_BGN - reward_BGN) * valid_BGN
     plain_BGN = jnp.square(BASELINES["running_mean"].of(config, trace, beside, extra) - reward_BGN) * valid_BGN

@@ -8,7 +8,7 @@ score term of a reward f the same for a smooth c, and puts it back by reparametr
 where z' is z given the token. Drawn with common random numbers, z = z', so that c is evaluated once: only the two ways
 in which a draw depends on log pi differ. c may have any weight; what makes the variance least is found by trying
 (objective.control below 1 and thought.relaxation above 1 did best on small models; 1 and 0.5 did worse than nothing).
-RELAX (Grathwohl et al. 2018) learns a c of its own, which this does not.
+REBAR's c is the reward of the relaxed thought; RELAX (Grathwohl et al. 2018) learns one (`objectives/variates.py`).
 """
 
 import jax

@@ -41,7 +41,7 @@ class ThoughtConfig:
   temperature_end: float = option(0.0, "gumbel: temperature at the end of its decay; 0 keeps it constant", low=0)
   temperature_steps: int = option(0, "gumbel: training steps of that decay, by the same factor each", low=0)
   noise: float = option(0.3, "noisy: standard deviation of the noise; an input has about 1 per dimension", above=0)
-  relaxation: float = option(0.0, "sampled: temperature of REBAR's relaxed copy of a thought; 0 makes none", low=0)
+  relaxation: float = option(0.0, "sampled: temperature of the relaxed copy for objective.control; 0 makes none", low=0)
   top_k: int = option(0, "soft, noisy: keep only the k most likely tokens and renormalise; 0 keeps all", low=0)
   halting: str = option(
     "fixed",
@@ -110,8 +110,9 @@ class ThoughtConfig:
       found.append(f"halting {self.halting!r} needs kind 'sampled', which can draw STOP; got {self.kind!r}")
     if self.halting in HALTING and self.learns_end and (self.topology != "private" or self.lookahead != 1):
       found.append(
-        f"halting {self.halting!r} needs topology 'private' and lookahead 1: there each target has one thought, and "
-        "its loss after every length is known"
+        f"halting {self.halting!r} needs topology 'private' and lookahead 1: a head learns from the loss after every "
+        "length, and there each target has one thought. The end of a persistent thought changes all tokens behind it: "
+        "ends multiply over the thoughts of a document, and even a single thought would take a pass for each"
       )
     if self.length and self.mixing != "none" and self.topology != "private":
       found.append("mixing needs topology 'private': with 'persistent' there is no prediction without thoughts")
@@ -281,6 +282,12 @@ class ThoughtConfig:
   def serial(self) -> bool:
     """Whether a rollout makes think tokens one after another."""
     return bool(self.length and self.kind_of.serial and not self.iterations)
+
+  @property
+  def chained(self) -> bool:
+    """Whether gradients flow from each think token into the one before, down to the first, in every thought."""
+    drawn = self.kind_of.policy and (self.rescore or self.kind_of.discrete)
+    return bool(self.serial and not drawn and not self.may_end)
 
   @property
   def kind_of(self):
