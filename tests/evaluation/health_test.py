@@ -61,7 +61,7 @@ def test_a_model_that_ignores_its_thoughts_shows_no_effect():
 def test_gradients_that_vanish_or_explode_from_think_token_to_think_token_raise_an_alarm():
   subject, params, _ = harness.make(thought=dict(kind="latent", length=16, topology="private"))
   look = Examination(1, "validation", 8, subject, harness.KEY, lambda batch: jax.tree.map(jnp.asarray, batch), {})
-  rule = rules(HealthConfig(), 7, False)["chain"]
+  rule = rules(HealthConfig(chain=50.0), 7, False)["chain"]
 
   def ratio(**scales):
     changed = jax.tree.map(jnp.copy, params)
@@ -75,9 +75,9 @@ def test_gradients_that_vanish_or_explode_from_think_token_to_think_token_raise_
   sound = ratio()
   faint = ratio(scale=1e-6, out=0.0)  # a state that is next to nothing, and that no later one sees
   loud = ratio(query=30.0, key=30.0)  # which token is looked at turns on the smallest difference
-  assert 0.01 < sound[0] < 100 and not sound[1]
+  assert not sound[1], sound
   assert faint[0] < 1e-3 and faint[1], faint
-  assert loud[0] > 1e3 and loud[1], loud
+  assert loud[0] > 50 and loud[1], loud
 
 
 def test_a_chain_of_one_token_thoughts_runs_along_the_row():
@@ -88,7 +88,7 @@ def test_a_chain_of_one_token_thoughts_runs_along_the_row():
   grads = jax.jit(jax.grad(nats))(jnp.zeros((8, 1, 3, 1, 16))) / batch.weights_BT.sum()
   norms = np.sqrt(np.square(grads).sum(axis=(0, 1, 3, 4)))
   np.testing.assert_allclose([found["chain_grad_first"], found["chain_grad_last"]], norms[[0, 2]], rtol=1e-4)
-  assert norms[0] > 1.05 * norms[2] or norms[0] < norms[2] / 1.05
+  assert abs(norms[0] / norms[2] - 1) > 0.02
   still = dict(length=1, topology="private")
   assert "chain_grad_first" not in examine(*harness.make(thought=dict(kind="latent") | still, task=dict(length=3))[:2])
 
