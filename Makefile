@@ -10,7 +10,7 @@ PYTEST = NPROC=1 OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-latest plan lint clean
+.PHONY: help quickstart test test-latest plan plan-small lint clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "  %-18s %s\n", $$1, $$2 }'
@@ -27,6 +27,9 @@ test-latest: .venv-latest/.installed  ## the same on Python 3.12 with the newest
 plan: .venv-plan/.installed  ## compile every pod of configs/pod and hold it to its budget; no TPU needed, ARGS=--write sets budgets
 	NPROC=2 JAX_PLATFORMS=cpu .venv-plan/bin/python -m thinking_lm.plan --budgets=configs/pod/budgets.json $(ARGS)
 
+plan-small: .venv-plan/.installed  ## the same for one small pod, in a minute
+	NPROC=2 JAX_PLATFORMS=cpu .venv-plan/bin/python -m thinking_lm.plan --budgets=configs/pod/small.json $(ARGS)
+
 lint: .venv/.installed  ## check style and format
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
@@ -41,6 +44,8 @@ clean:  ## remove environments, caches and build products; never runs/
 
 # libtpu lives apart: any JAX process that may take it (without JAX_PLATFORMS=cpu) would hold it for its whole life.
 .venv-plan/.installed: $(LOCKS) requirements/lock-plan-py311.txt
+	@test "$$(uname -s) $$(uname -m)" = "Linux x86_64" || \
+	  { echo "error: libtpu, the TPU compiler, exists for Linux on x86_64 only; this is $$(uname -s) $$(uname -m)" >&2; exit 1; }
 	@sh requirements/install.sh .venv-plan 3.11 3.11 $(or $(PYTHON),python3.11 python3)
 	.venv-plan/bin/python -m pip install -q --disable-pip-version-check -r requirements/lock-plan-py311.txt
 	@touch $@

@@ -44,11 +44,18 @@ def test_the_kernels_of_attention_compile_for_a_split_model():
 
 
 def test_a_topology_that_no_pod_has_is_told_in_one_line():
-  for name in ("v5p-1024", "v5e:16", "h100:8x8", "v9:2x2"):
+  for name in ("v5p-1024", "v5e:16", "h100:8", "h100:2x2x2", "v9:2x2"):
     with pytest.raises(errors.ConfigError, match="v5e:16x16"):
       chips.pod(name)
   done = run("--config=configs/pod/v5e_1b.py")
   assert done.returncode == 64 and "--topology" in done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is not None, reason="the GPU compiler is installed")
+def test_without_the_gpu_compiler_the_command_names_it():
+  done = run("--config=configs/pod/v5e_1b.py", "--topology=h100:2x8")
+  assert done.returncode == 78 and done.stderr.count("\n") == 1
+  assert "pip install jax-cuda13-plugin==" in done.stderr
 
 
 @pytest.mark.skipif(HAVE, reason="libtpu is installed")
@@ -57,7 +64,8 @@ def test_without_libtpu_the_command_says_where_it_is_to_be_had():
     chips.pod("v5e:2x2")
 
 
-def test_the_budget_file_names_every_pod_and_recipe():
-  entries = json.loads((ROOT / "configs/pod/budgets.json").read_text())
-  files = sorted(path.stem for path in (ROOT / "configs/pod").glob("*.py"))
+def test_the_budget_files_name_every_pod_and_recipe():
+  entries, small = (json.loads((ROOT / f"configs/pod/{name}.json").read_text()) for name in ("budgets", "small"))
+  files = {path.stem for path in (ROOT / "configs/pod").glob("*.py")} - {name.split(":")[0] for name in small}
   assert sorted(entries) == sorted(f"{file}:{recipe}" for file in files for recipe in ("none", "latent", "hybrid"))
+  assert all(entry.get("budget") for entry in small.values())

@@ -5,7 +5,8 @@
 
 The real training step, sampler and evaluation rollout are compiled, with the run's own shardings; no data is read and
 no parameter allocated. Memory is the compiler's own figure, and so are the collectives; FLOPs are the ledger's; seconds
-are a roofline with its assumptions written beneath. Needs libtpu (`make plan` sees to it).
+are a roofline with its assumptions written beneath. Needs libtpu (`make plan` sees to it), or for h100:HOSTSxGPUS
+jax-cuda13-plugin; no accelerator.
 
 Exit codes: 0 fits (or all budgets hold), 1 does not, 64 wrong command line, 78 wrong config or topology.
 """
@@ -26,7 +27,9 @@ _CONFIG = config_flags.DEFINE_config_file(
   lock_config=False,
   accept_new_attributes=True,
 )
-_TOPOLOGY = flags.DEFINE_string("topology", None, "The pod, NAME:AxB[xC]: v5e:16x16, v5p:8x8x8, v6e:16x16, ...")
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", None, "The pod, NAME:AxB[xC]: v5e:16x16, v5p:8x8x8, v6e:16x16, ..., or h100:HOSTSxGPUS"
+)
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices of that shape, joined by the data-centre network.", lower_bound=1)
 _PARTS = flags.DEFINE_list("parts", ["train", "generate", "evaluate"], "What is compiled.")
 _FIT = flags.DEFINE_bool(
@@ -37,6 +40,7 @@ _PROMPT = flags.DEFINE_integer("prompt", 128, "generate: tokens of a prompt.", l
 _TOKENS = flags.DEFINE_integer("tokens", 128, "generate: tokens that are drawn.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "Also write everything to this file.")
 _BUDGETS = flags.DEFINE_string("budgets", None, "Compile every pod of this file and hold it to its budget.")
+_ONLY = flags.DEFINE_string("only", "", "With --budgets: only the entries whose name contains this.")
 _WRITE = flags.DEFINE_bool("write", False, "With --budgets: write the figures that were found into the file instead.")
 
 
@@ -78,8 +82,11 @@ def _check(path: pathlib.Path, decode) -> int:
   from thinking_lm.analysis import budgets, chips, pods
 
   entries = json.loads(path.read_text())
+  chosen = {name: entry for name, entry in entries.items() if _ONLY.value in name}
+  if not chosen:
+    raise errors.UsageError(f"no entry of {path} contains {_ONLY.value!r}; there are {', '.join(entries)}")
   broken = 0
-  for name, entry in entries.items():
+  for name, entry in chosen.items():
     file, _, recipe = name.partition(":")
     values = runpy.run_path(str(path.parent / f"{file}.py"))["get_config"](recipe)
     slices = entry.get("slices", 1)

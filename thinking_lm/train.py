@@ -9,6 +9,7 @@ started again.
 """
 
 import dataclasses
+import math
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -35,7 +36,7 @@ def main(argv) -> None:
   import jax
 
   from thinking_lm import experiment
-  from thinking_lm.analysis import chips, flops
+  from thinking_lm.analysis import chips, traffic
   from thinking_lm.training import loop, workdir
 
   try:
@@ -50,7 +51,8 @@ def main(argv) -> None:
   for name, count in built.data.counts.items():
     if count:
       logging.warning("data: %d %s", count, name.replace("_", " "))
-  work = flops.work(config, built.data.vocabulary.size, built.data.sequence_length, chips.peak(jax.devices()))
+  data, parameters = built.data, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(built.model.shapes))
+  work = traffic.work(config, data.vocabulary.size, data.sequence_length, parameters, chips.peak(jax.devices()))
   loop.train(dataclasses.replace(built.run(), work=work), _WORKDIR.value)
   path = workdir.resolve(_WORKDIR.value)
   places = dict(checkpoints="checkpoints", metrics="metrics.jsonl", tensorboard="tensorboard")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from thinking_lm.analysis.collectives import Collective, read, travelled
+from thinking_lm.analysis.collectives import Collective, crossed, read, travelled
 
 TPU = """HloModule jit_step, is_scheduled=true
 
@@ -51,6 +51,37 @@ def test_loops_count_as_often_as_they_run_and_fusions_are_reduce_scatters():
     "reduce-scatter": Collective(2, 6, 6 * 512),
   }
   assert travelled(found) == 6 * 64 + 2 * 32 + 64 + 6 * 512
+
+
+SLICED = """HloModule jit_step, is_scheduled=true
+
+%until (c: (bf16[4,8], u32[])) -> pred[] {
+  %n = u32[]{:T(128)} constant(16)
+  %i = u32[] get-tuple-element(%c), index=1
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%twice (b: (bf16[4,8], u32[])) -> (bf16[4,8], u32[]) {
+  %i = u32[] get-tuple-element(%b), index=1
+  %two = u32[] constant(2)
+  %next = u32[] add(%i, %two)
+  %recv.3 = (bf16[2,8]{1,0}, u32[], token[]) recv(%after), is_host_transfer=true, HOST
+  %send.3 = (bf16[2,8]{1,0}, u32[], token[]) send(%x, %after), is_host_transfer=true, HOST
+  %recv-done.3 = (bf16[2,8]{1,0}, token[]) recv-done(%recv.3), channel_id=1, is_host_transfer=true
+  ROOT %t = (bf16[4,8]{1,0}, u32[]) tuple(%x, %next)
+}
+
+ENTRY %main (a: bf16[4,8]) -> bf16[4,8] {
+  ROOT %while.1 = (bf16[4,8]{1,0}, u32[]) while(%start), condition=%until, body=%twice
+}
+""".replace("HOST", 'frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}')
+
+
+def test_what_crosses_between_slices_is_counted_apart_and_unrolled_loops_run_less_often():
+  found, unknown = read(SLICED)
+  assert unknown == 0
+  assert found == {"all-reduce between slices": Collective(1, 8, 8 * 32)}
+  assert travelled(found) == 0 and crossed(found, slices=4) == 2 * 3 / 4 * 8 * 32
 
 
 def test_a_compiled_loop_of_known_collectives():

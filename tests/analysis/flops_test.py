@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from thinking_lm import experiment, recipes
-from thinking_lm.analysis import chips, flops
+from thinking_lm import experiment
+from thinking_lm.analysis import chips
 from thinking_lm.analysis.flops import causal_keys, ledger, training_flops
 from thinking_lm.model.decoder import Model, ModelConfig
 from thinking_lm.model.rollout import rollout
@@ -114,19 +114,6 @@ def test_every_thought_and_relaxed_copies_within_six_percent(changes):
   got = jax.jit(jax.grad(loss)).lower(built.model.shapes, batch).compile().cost_analysis()["flops"]
   ours = training_flops(built.config, built.data.vocabulary.size, built.data.sequence_length)
   np.testing.assert_allclose(got, ours, rtol=0.06)
-
-
-def test_utilisation_with_thinking_and_of_real_tokens_alone():
-  config = recipes.apply(experiment.default_config(), "latent")
-  config.thought.placement = "stride"
-  config = experiment.parse(config)
-  work = flops.work(config, V, T, peak=100.0)
-  plain = flops.work(dataclasses.replace(config, thought=ThoughtConfig(length=0)), V, T, peak=100.0)
-  assert work.plain == plain.needed == plain.plain < work.needed
-  rates = work.rates(0.5)
-  assert rates["needed_flops_per_second"] == work.needed / 2
-  np.testing.assert_allclose(rates["mfu_thinking"] / rates["mfu_real"], work.needed / work.plain)
-  assert "mfu_real" not in work._replace(peak=0.0).rates(0.5)
 
 
 def test_the_peak_is_of_devices_that_the_table_knows():

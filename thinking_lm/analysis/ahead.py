@@ -60,6 +60,12 @@ class Part:
   arguments: Mapping[str, Any]
 
 
+def needed(error: Exception) -> int | None:
+  """Bytes that a refused program would have needed; None of any other error."""
+  found = _NEEDED.search(str(error))
+  return int(float(found[1]) * _UNITS[found[2]]) if found else None
+
+
 def device_bytes(tree: Any) -> int:
   """Bytes that one device holds of abstract arrays with shardings."""
 
@@ -103,8 +109,11 @@ def generate(built: Any, mesh: Mesh, sampling: Any, rows: int, prompt: int) -> P
   return Part(lower, dict(parameters=params, batch=prompts))
 
 
-def compiled(part: Part, mesh: Mesh, levels: tuple[str, ...] = LEVELS) -> Compiled:
-  """Compiles at the first of the levels where the part fits, or at the last one."""
+def compiled(part: Part, mesh: Mesh, usable: float, levels: tuple[str, ...] = LEVELS) -> Compiled:
+  """Compiles at the first of the levels where the part fits into `usable` bytes, or at the last one.
+
+  The TPU compiler refuses what does not fit; the GPU compiler only says what it would need.
+  """
   arguments = {name: device_bytes(tree) for name, tree in part.arguments.items()}
   given = sum(arguments.values())
   start = time.process_time()
@@ -114,12 +123,13 @@ def compiled(part: Part, mesh: Mesh, levels: tuple[str, ...] = LEVELS) -> Compil
         program = part.lower().compile()
         memory = program.memory_analysis()
       except jax.errors.JaxRuntimeError as error:
-        needed = _NEEDED.search(str(error))
-        if not needed:
+        peak = needed(error)
+        if peak is None:
           raise
-        peak = int(float(needed[1]) * _UNITS[needed[2]])
         continue
     peak = getattr(memory, "peak_memory_in_bytes", 0) or given + memory.temp_size_in_bytes
+    if peak > usable:
+      continue
     found, unknown = collectives.read(program.as_text())
     seconds = time.process_time() - start
     return Compiled(True, level, arguments, max(peak - given, 0), peak, found, unknown, seconds)

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from thinking_lm.analysis import ahead
+
 
 class Variant(NamedTuple):
   """One way to do the work of a case.
@@ -38,7 +40,8 @@ class Result:
   """What was measured of a variant.
 
   seconds: CPU seconds of each round (wall seconds on an accelerator). compile_seconds: CPU seconds of XLA.
-  temp_bytes: what the compiled program needs besides its arguments and results. xla_flops: XLA's own count, in which
+  temp_bytes: what the compiled program needs besides its arguments and results; all that it needs, where a chip's
+  compiler refused it. xla_flops: XLA's own count, in which
   the body of a loop counts once.
   """
 
@@ -142,8 +145,16 @@ def measure(case: Case, rounds: int, say: Callable[[str], Any], trace: str | Non
 def _compile(variant: Variant, result: Result):
   lowered = jax.jit(variant.function).lower(*variant.arguments)
   start = time.process_time()
-  compiled = lowered.compile()
-  result.compile_seconds = time.process_time() - start
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    needed = ahead.needed(error)
+    if needed is None:
+      raise
+    result.temp_bytes = needed  # more than the chip has, but a number that memory can be compared by
+    return None
+  finally:
+    result.compile_seconds = time.process_time() - start
   result.temp_bytes = compiled.memory_analysis().temp_size_in_bytes
   result.xla_flops = (compiled.cost_analysis() or {}).get("flops", 0.0)
   return compiled

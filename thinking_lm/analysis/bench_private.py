@@ -19,9 +19,9 @@ LARGE, SMALL = 32_000, 512
 """Vocabularies."""
 
 
-def thought(n: int, G: int = 1) -> ThoughtConfig:
+def thought(n: int, G: int = 1, **options) -> ThoughtConfig:
   """Sampled, private, after every token."""
-  return ThoughtConfig(placement="every", topology="private", kind="sampled", length=n, samples=G)
+  return ThoughtConfig(placement="every", topology="private", kind="sampled", length=n, samples=G, **options)
 
 
 def goal(G: int) -> ObjectiveConfig:

@@ -2,6 +2,7 @@
 
 from thinking_lm.analysis import (
   bench_checkpoint,
+  bench_chip,
   bench_data,
   bench_decode,
   bench_halting,
@@ -13,6 +14,7 @@ from thinking_lm.analysis import (
 
 SUITES = dict(
   checkpoint=bench_checkpoint.cases,
+  chip=bench_chip.cases,
   data=bench_data.cases,
   decode=bench_decode.cases,
   halting=bench_halting.cases,

@@ -19,6 +19,7 @@ def record(plan: Plan) -> dict[str, Any]:
     mesh=dict(plan.mesh),
     chip=plan.chip._asdict(),
     flops=roofline.table(plan.ledger),
+    device_bytes=dataclasses.asdict(plan.traffic) | dict(total=plan.traffic.total),
     parts={
       name: dataclasses.asdict(part) | dict(collectives={k: c._asdict() for k, c in part.collectives.items()})
       for name, part in plan.parts.items()
@@ -69,4 +70,5 @@ def brief(found: Mapping[str, Any]) -> str:
   parts = ", ".join(f"{name} {part['peak'] / GIB:.2f}" for name, part in found["parts"].items())
   estimate = found["estimate"]
   tail = f"; a step of {estimate['fast']:.2f} s at best, MFU {estimate['mfu_thinking']:.0%}" if estimate else ""
-  return f"{parts} of {found['chip']['usable'] / GIB:.2f} GiB a device{tail}"
+  spent = sum(part["seconds"] for part in found["parts"].values())
+  return f"{parts} of {found['chip']['usable'] / GIB:.2f} GiB a device{tail} ({spent:.0f} CPU s)"

@@ -1,7 +1,8 @@
 """Collectives of a compiled program, read off its HLO text: how many, of what kind, how many bytes.
 
 XLA prints a loop's body once; here it counts as often as the loop runs. On TPU a gradient's reduce-scatter is a fusion
-that is named all-reduce-scatter, never an instruction of that kind.
+that is named all-reduce-scatter, never an instruction of that kind. What crosses between slices is handed to the host,
+which the text shows as a receive that says what it is a part of; it counts as a kind of its own (`SLICES`).
 """
 
 import collections
@@ -11,6 +12,9 @@ from typing import NamedTuple
 
 WIDTHS = dict(pred=1, s8=1, u8=1, s16=2, u16=2, f16=2, bf16=2, s32=4, u32=4, f32=4, s64=8, u64=8, f64=8)
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+SLICES = " between slices"
+"""What the name of a kind ends with if it goes over the data-centre network: "all-reduce between slices"."""
+
 TRAVEL = collections.defaultdict(lambda: 1.0, {"all-reduce": 2.0})
 """Bytes that a device receives for each byte of a collective's whole array, on a ring of many devices."""
 
@@ -19,7 +23,8 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ((?:\([^()]*(?:\([^()]*
 _SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_LIMIT = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
+_LIMIT = re.compile(r" = [su]32\[\]\S* constant\((\d+)\)")
+_HOST = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _KNOWN = re.compile(r'known_trip_count"?:\{"n":"(\d+)"')
 
 
@@ -70,6 +75,11 @@ def read(text: str) -> tuple[dict[str, Collective], int]:
         whole = sum(sizes(operands)) if kind == "reduce-scatter" else _whole(shape, op)
         _count(found.setdefault(kind, [0, 0, 0]), times, whole)
         continue
+      crossing = _HOST.search(line) if op == "recv" else None
+      if crossing:
+        kind = crossing[1].lower().replace("_", "-") + SLICES
+        _count(found.setdefault(kind, [0, 0, 0]), times, max(sizes(shape)))
+        continue
       trips = 1
       if op == "while":
         trips = _trips(line, bodies)
@@ -84,8 +94,15 @@ def read(text: str) -> tuple[dict[str, Collective], int]:
 
 
 def travelled(found: dict[str, Collective]) -> float:
-  """Bytes that a device receives in one call of the program."""
-  return sum(TRAVEL[kind] * collective.bytes for kind, collective in found.items())
+  """Bytes that a device receives within its slice in one call of the program."""
+  return sum(TRAVEL[kind] * collective.bytes for kind, collective in found.items() if not kind.endswith(SLICES))
+
+
+def crossed(found: dict[str, Collective], slices: int) -> float:
+  """Bytes that a device receives from other slices in one call of the program, if these form a ring."""
+  share = (slices - 1) / slices
+  each = {kind.removesuffix(SLICES): made for kind, made in found.items() if kind.endswith(SLICES)}
+  return sum(TRAVEL[kind] * share * collective.bytes for kind, collective in each.items())
 
 
 def _count(numbers: list[int], times: int, size: int) -> None:
@@ -114,11 +131,31 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _trips(line: str, bodies: dict[str, list[str]]) -> int | None:
-  """How often a loop runs: XLA's word for it, or the only bound that its condition compares with."""
+  """How often a loop runs: XLA's word for it, or the only bound that its condition compares with, over its step."""
   known = _KNOWN.search(line)
   if known:
     return int(known[1])
-  condition = re.search(r"condition=%?([\w.\-]+)", line)
+  condition, body = (re.search(rf"{part}=%?([\w.\-]+)", line) for part in ("condition", "body"))
   lines = bodies.get(condition[1], []) if condition else []
   limits = [int(found[1]) for found in map(_LIMIT.search, lines) if found]
-  return limits[0] if len(limits) == 1 and any("direction=LT" in line for line in lines) else None
+  if len(limits) != 1 or not any("direction=LT" in line for line in lines):
+    return None
+  return -(-limits[0] // _step(lines, bodies.get(body[1], []) if body else []))
+
+
+def _step(condition: list[str], body: list[str]) -> int:
+  """What a loop adds to its counter in a trip: more than 1 where XLA has unrolled it; 1 if that cannot be seen."""
+  made = {found[1]: line for line in body if (found := _INSTRUCTION.match(line))}
+  places = [found[1] for line in condition if (found := re.search(r"get-tuple-element\(.*index=(\d+)", line))]
+  root = next((line for line in body if line.lstrip().startswith("ROOT")), "")
+  returned = _operands(root)
+  if len(places) != 1 or int(places[0]) >= len(returned):
+    return 1
+  added = [_LIMIT.search(made.get(name, "")) for name in _operands(made.get(returned[int(places[0])], ""))]
+  return max([int(found[1]) for found in added if found], default=1) or 1
+
+
+def _operands(line: str) -> list[str]:
+  """Names of an instruction's operands."""
+  match = _INSTRUCTION.match(line)
+  return re.findall(r"%([\w.\-]+)", line[match.end() :].split(")")[0]) if match else []

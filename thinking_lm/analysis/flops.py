@@ -15,7 +15,6 @@ from thinking_lm.objectives.variates import VARIATES
 from thinking_lm.thoughts import enumeration
 from thinking_lm.thoughts.placement import blocks, capacity, cuts
 from thinking_lm.thoughts.spec import ThoughtConfig
-from thinking_lm.training.writers import Work
 from thinking_lm.types import Layout
 
 
@@ -260,32 +259,3 @@ def plain_floor(config, vocabulary_size: int, T: int) -> float:
   """`Ledger.floor` of a training step on the same real tokens without any thought."""
   without = dataclasses.replace(config.thought, length=0)
   return training_ledger(dataclasses.replace(config, thought=without), vocabulary_size, T).floor
-
-
-def work(config, vocabulary_size: int, T: int, peak: float) -> Work:
-  """A training step's Work on devices of so many FLOP/s together."""
-  return Work(training_ledger(config, vocabulary_size, T).floor, plain_floor(config, vocabulary_size, T), peak)
-
-
-def slots(thought: ThoughtConfig, T: int, aligned: int) -> tuple[int, int]:
-  """(slots of a row that the layers run over in a scoring pass, calls of all layers in a step's forward passes).
-
-  A call streams every weight once. Serial thoughts make a call for each think slot of a block (persistent) or of all
-  private thoughts at once; persistent ones that are drawn and then scored make those of both.
-  """
-  N = capacity(thought, T, aligned)
-  if not N:
-    return T, 1
-  C, R = blocks(thought, T, N, aligned)
-  G, J, kind = thought.samples, thought.slots, thought.kind_of
-  if thought.topology == "private":
-    rows, parallel, serial = T + G * N * (J + thought.lookahead - 1), 2, 1 + J + (thought.lookahead > 1)
-  else:
-    rows, parallel, serial = G * R * (C + J), 1, R * (1 + J)
-  if thought.iterations:
-    return rows * thought.iterations, thought.iterations
-  if not kind.serial:
-    return rows, parallel
-  if kind.policy and thought.rescore and thought.topology == "persistent":
-    return rows, serial + parallel
-  return rows, serial

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from thinking_lm.analysis import ahead, collectives, roofline
+from thinking_lm.analysis import ahead, roofline
 from thinking_lm.analysis.chips import GIB, Chip
 from thinking_lm.analysis.flops import Ledger, training_ledger
+from thinking_lm.analysis.traffic import Traffic, training_traffic
 from thinking_lm.model.generate import Sampling
 from thinking_lm.training.mesh import device_faults, make_mesh
 
@@ -26,7 +27,11 @@ class Decode(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What was found. parts: name -> ahead.Compiled. estimate: of the training step, None if that was not compiled."""
+  """What was found.
+
+  traffic: of the training step, of one device. parts: name -> ahead.Compiled. estimate: of the training step, None if
+  that was not compiled.
+  """
 
   config: Any
   chip: Chip
@@ -34,6 +39,7 @@ class Plan:
   devices: int
   parameters: int
   ledger: Ledger
+  traffic: Traffic
   parts: Mapping[str, ahead.Compiled]
   estimate: roofline.Estimate | None
 
@@ -48,13 +54,13 @@ def plan(built: Any, chip: Chip, devices: Sequence, slices: int, parts: Sequence
     generate=lambda: ahead.generate(built, mesh, Sampling(decode.tokens), rows, decode.prompt),
     evaluate=lambda: ahead.evaluate(built, mesh),
   )
-  found = {name: ahead.compiled(make[name](), mesh) for name in parts}
+  found = {name: ahead.compiled(make[name](), mesh, chip.usable) for name in parts}
   parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(built.model.shapes))
   guess = None
   if "train" in found and found["train"].fits:
-    travel = collectives.travelled(found["train"].collectives)
-    guess = roofline.estimate(c, V, T, parameters, chip, mesh, slices, travel)
-  return Plan(c, chip, dict(mesh.shape), mesh.size, parameters, training_ledger(c, V, T), found, guess)
+    guess = roofline.estimate(c, V, T, parameters, chip, mesh, slices, found["train"].collectives)
+  moved = training_traffic(c, V, T, parameters, mesh.shape)
+  return Plan(c, chip, dict(mesh.shape), mesh.size, parameters, training_ledger(c, V, T), moved, found, guess)
 
 
 def show(plan: Plan, where: str) -> str:
@@ -68,11 +74,17 @@ def show(plan: Plan, where: str) -> str:
     held = [*part.arguments.items(), ("temporaries", part.temporaries)]
     lines.append("  " + ", ".join(f"{kind} {size / GIB:.3f}" for kind, size in held if size))
     for kind, each in part.collectives.items():
-      lines.append(f"  {kind:<20}{each.instructions:>4} in the program, {each.runs:>6} run, {each.bytes / GIB:.2f} GiB")
+      lines.append(f"  {kind:<26}{each.instructions:>4} in the program, {each.runs:>6} run, {each.bytes / GIB:.2f} GiB")
     if part.unknown_loops:
       lines.append(f"  ({part.unknown_loops} loops run an unknown number of times: theirs are counted once)")
   flops = roofline.table(plan.ledger)
   lines.append("\nFLOPs of a training step: " + ", ".join(f"{name} {value:.3g}" for name, value in flops.items()))
+  moved = ", ".join(f"{name} {size / GIB:.3g}" for name, size in dataclasses.asdict(plan.traffic).items() if size)
+  total = plan.traffic.total
+  lines.append(
+    f"GiB that it moves on a device: {moved}, total {total / GIB:.3g}; {plan.ledger.total / plan.devices / total:.0f} "
+    f"FLOPs a byte, where the chip could do {plan.chip.flops / plan.chip.hbm:.0f}"
+  )
   if plan.estimate:
     e = plan.estimate
     lines.append(
@@ -96,7 +108,7 @@ def advice(plan: Plan, search: bool, sketch: Callable[[Any], Any], devices: Sequ
   for words, config in alternatives(plan.config, plan.devices):
     built = sketch(config)
     mesh = make_mesh(config.mesh, devices)
-    found = ahead.compiled(ahead.train(built, mesh), mesh, ahead.LEVELS[:1])
+    found = ahead.compiled(ahead.train(built, mesh), mesh, plan.chip.usable, ahead.LEVELS[:1])
     if found.fits:
       return f"{lacks}; {words} does, with {found.peak / GIB:.1f} GiB"
   return (

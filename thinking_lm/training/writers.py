@@ -23,6 +23,8 @@ LEADING = ("loss", "bits_per_byte")
 
 ROWS_ONLY = (
   "needed_flops_per_second",
+  "moved_bytes_per_second",
+  "flops_per_byte",
   "nats",
   "bytes",
   "real_tokens",
@@ -144,19 +146,28 @@ class Clocks:
 
 
 class Work(NamedTuple):
-  """FLOPs of a training step, as `analysis.flops` counts them, and what the devices could do.
+  """What a training step costs, as `analysis.flops` and `analysis.traffic` count it, and what the devices could do.
 
-  needed: `Ledger.floor`, thinking included. plain: the floor of the same real tokens without thoughts. peak: FLOP/s of
-  all devices in bf16; 0 where it is not known, and then there is no MFU.
+  needed: `Ledger.floor`, thinking included. plain: the floor of the same real tokens without thoughts. moved:
+  `Traffic.total`, bytes of memory; 0 where it was not counted. peak: FLOP/s of all devices in bf16; 0 where it is not
+  known, and then there is no MFU.
   """
 
   needed: float
   plain: float
+  moved: float = 0.0
   peak: float = 0.0
 
   def rates(self, steps_per_second: float) -> dict[str, float]:
-    """needed_flops_per_second, and shares of the peak: mfu_thinking, and mfu_real for the real tokens alone."""
+    """Per second, and shares of the peak.
+
+    needed_flops_per_second, moved_bytes_per_second, their ratio flops_per_byte; mfu_thinking, and mfu_real for the real
+    tokens alone.
+    """
     found = dict(needed_flops_per_second=self.needed * steps_per_second)
+    if self.moved:
+      found["moved_bytes_per_second"] = self.moved * steps_per_second
+      found["flops_per_byte"] = self.needed / self.moved
     if self.peak:
       found["mfu_thinking"] = self.needed * steps_per_second / self.peak
       found["mfu_real"] = self.plain * steps_per_second / self.peak

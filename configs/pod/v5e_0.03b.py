@@ -1,0 +1,35 @@
+"""0.03 B parameters on four v5e chips (2 x 2).
+
+Purpose: a pod that compiles in a minute, so that every change can be held to its budget (`make plan-small`); it is not
+meant to be trained.
+Plan: python -m thinking_lm.plan --config=configs/pod/v5e_0.03b.py:RECIPE --topology=v5e:2x2
+Recipes: all; the budget (small.json) is of latent.
+"""
+
+from thinking_lm import experiment, recipes
+
+
+def get_config(recipe="none"):
+  """4 layers of width 512 on rows of 256 tokens."""
+  config = experiment.default_config()
+  config.data.source = "arrayrecord"
+  config.data.input = "corpus"
+  config.data.tokenizer = "sentencepiece:tokenizer.model"
+  config.data.vocabulary_size = 32000
+  config.data.sequence_length = 256
+  config.data.align = 64
+  config.model.layers = 4
+  config.model.width = 512
+  config.model.heads = 4
+  config.model.kv_heads = 2
+  config.model.mlp_width = 2048
+  config.model.vocabulary_multiple = 1024
+  config.model.compute_dtype = "bfloat16"
+  config.model.remat = "full"
+  config.thought.placement = "stride"
+  config.thought.stride = 64
+  config.train.batch_size = 8
+  config.mesh.data = 1
+  config.mesh.fsdp = 2
+  config.mesh.tensor = 2
+  return recipes.apply(config, recipe)
