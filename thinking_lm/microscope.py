@@ -65,7 +65,7 @@ def _estimator(subject, changes, samples: int, step: int, rows: int):
   """The microscope's Estimator of some settings over a run. Raises ConfigError with why it cannot be."""
   from thinking_lm import config as config_lib
   from thinking_lm import experiment, rules
-  from thinking_lm.analysis import estimators, flops, microscope
+  from thinking_lm.analysis import estimators, microscope, training
   from thinking_lm.types import Carried
 
   values = config_lib.to_config_dict(subject.config)
@@ -75,7 +75,9 @@ def _estimator(subject, changes, samples: int, step: int, rows: int):
   if faults:
     raise ConfigError(faults)
   loss_fn = dataclasses.replace(subject, config=config).loss_fn
-  cost = flops.training_flops(config, subject.data.vocabulary.size, subject.data.sequence_length)
+  cost = training.training_flops(
+    config, subject.data.vocabulary.size, subject.data.sequence_length, subject.proxy and subject.proxy[0].config
+  )
   return microscope.Estimator(
     lambda params, batch, key: loss_fn(params, batch, key, Carried(step=step)),
     cost / config.train.batch_size * rows,

@@ -56,7 +56,7 @@ def load_config(part: str, recipe: str):
 def configure(part: str, arm: Arm, seed: int):
   """(ExperimentConfig of an arm, its training FLOPs for one step)."""
   from thinking_lm import experiment
-  from thinking_lm.analysis.flops import training_flops
+  from thinking_lm.analysis.training import training_flops
 
   def one(recipe):
     values = load_config(part, recipe)

@@ -9,10 +9,7 @@ import dataclasses
 from typing import NamedTuple
 
 from thinking_lm.model.decoder import ModelConfig
-from thinking_lm.model.enumeration import CHUNK
 from thinking_lm.model.serial import segments
-from thinking_lm.objectives.variates import VARIATES
-from thinking_lm.thoughts import enumeration
 from thinking_lm.thoughts.placement import blocks, capacity, cuts
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.types import Layout
@@ -28,6 +25,7 @@ class Ledger:
   what remat "full", the head and `model.replay` compute again (not the attention scores that "dots" does, and all
   backends of attention but einsum); 0 for a forward pass. A call so small that it keeps the logits of private thoughts
   that it draws (`readout.fits`) does without the second head for their log-probabilities: that is not taken off.
+  beside: other passes of a training step, see `analysis.training`.
   """
 
   base: float
@@ -35,21 +33,26 @@ class Ledger:
   readout: float
   draw: float
   backward: float = 0.0
+  beside: float = 0.0
 
   @property
   def total(self) -> float:
     """All of it."""
-    return self.base + self.think + self.readout + self.draw + self.backward
+    return sum(dataclasses.asdict(self).values())
 
   @property
   def forward(self) -> float:
-    """All but the backward pass."""
-    return self.total - self.backward
+    """The forward pass."""
+    return self.total - self.backward - self.beside
 
   @property
   def floor(self) -> float:
     """What a training step must do: each product once forward and twice backward, nothing drawn and scored apart."""
     return 3 * (self.base + self.think + self.readout)
+
+  def times(self, number: float) -> "Ledger":
+    """That of so many rows."""
+    return Ledger(**{name: value * number for name, value in dataclasses.asdict(self).items()})
 
 
 def layer_flops(model: ModelConfig, queries: float, keys: float) -> float:
@@ -57,6 +60,12 @@ def layer_flops(model: ModelConfig, queries: float, keys: float) -> float:
   D, E = model.width, model.resolved_head_width
   weights = D * E * (2 * model.heads + 2 * model.resolved_kv_heads) + 3 * D * model.resolved_mlp_width
   return model.layers * queries * (2 * weights + 4 * model.heads * E * keys)
+
+
+def head_flops(model: ModelConfig, vocabulary_size: int, thought: ThoughtConfig) -> float:
+  """The language-model head for one state."""
+  rows = -(-(vocabulary_size + 3 + thought.confidences) // model.vocabulary_multiple) * model.vocabulary_multiple
+  return 2.0 * model.width * rows
 
 
 def causal_keys(model: ModelConfig, queries: int) -> float:
@@ -87,8 +96,7 @@ def ledger(
     given: the thoughts are there already, and only scored.
   """
   N = capacity(thought, T, aligned)
-  rows = -(-(vocabulary_size + 3 + thought.confidences) // model.vocabulary_multiple) * model.vocabulary_multiple
-  head = 2.0 * model.width * rows
+  head = head_flops(model, vocabulary_size, thought)
   if not N:
     base = layer_flops(model, T, causal_keys(model, T))
     return _with_backward(Ledger(base, 0.0, T * head, 0.0), model, gradient, 0.0, T)
@@ -98,7 +106,7 @@ def ledger(
   if thought.kind == "latent" and model.latent_map == "linear":
     per_token = 2.0 * model.width**2
   parts = (_private if thought.topology == "private" else _persistent)(model, thought, T, N, aligned)
-  base, base_serial, parallel, serial, ahead, makes, heads, queries, again = parts
+  base, base_serial, parallel, serial, ahead, makes, heads, queries, again, last = parts
   readout = heads * head
   if kind.policy:
     readout += G * N * n * (head if kind.discrete else 2 * head)  # a density needs the mixture's mean as well
@@ -113,7 +121,7 @@ def ledger(
     backward = 2 * (base + parallel) + _again(model, base + parallel, queries) + 3 * readout
     return dataclasses.replace(drawn, backward=backward) if gradient else drawn
   if kind.policy and thought.rescore:
-    once = base_serial + serial + draw
+    once = base_serial + serial - last + draw
     return _with_backward(Ledger(base, parallel, readout, once), model, gradient, once, queries)
   once = Ledger(base_serial, serial + ahead, readout, draw)
   return _with_backward(once, model, gradient, 0.0, queries, again)
@@ -124,7 +132,8 @@ class _Parts(NamedTuple):
 
   base, base_serial: of real tokens in one pass, and where a serial stream computes them. parallel, serial: of thoughts,
   likewise. ahead: of the look-ahead. makes: think tokens made. heads: states read by the head. queries: of one pass.
-  again: what the backward pass of a serial stream computes again (model/reverse.py).
+  again: what the backward pass of a serial stream computes again (model/reverse.py). last: its last segment, which a
+  pass that only draws does without.
   """
 
   base: float
@@ -136,6 +145,7 @@ class _Parts(NamedTuple):
   heads: float
   queries: float
   again: float
+  last: float
 
 
 def _private(model: ModelConfig, thought: ThoughtConfig, T: int, N: int, aligned: int) -> _Parts:
@@ -150,7 +160,7 @@ def _private(model: ModelConfig, thought: ThoughtConfig, T: int, N: int, aligned
   ahead = G * N * layer_flops(model, A, T + J + A) if A else 0.0
   parallel = G * N * layer_flops(model, J + A, T + J + A)
   makes, heads = G * N * (thought.length + thought.answer), T + G * N * thought.lookahead
-  return _Parts(base, base, parallel, serial, ahead, makes, heads, T + G * N * (J + A), 0.0)
+  return _Parts(base, base, parallel, serial, ahead, makes, heads, T + G * N * (J + A), 0.0, 0.0)
 
 
 def _persistent(model: ModelConfig, thought: ThoughtConfig, T: int, N: int, aligned: int) -> _Parts:
@@ -175,6 +185,7 @@ def _persistent(model: ModelConfig, thought: ThoughtConfig, T: int, N: int, alig
     heads=G * T,
     queries=G * S,
     again=G * sum(again[:-1]),
+    last=G * layer_flops(model, plan[-1].slots, ends[-1]),
   )
 
 
@@ -213,49 +224,3 @@ def _with_backward(
   elif model.remat == "full":
     backward += _again(model, forward.base + forward.think, queries)
   return dataclasses.replace(forward, backward=backward)
-
-
-def training_ledger(config, vocabulary_size: int, T: int) -> Ledger:
-  """The ledger of one training step of an ExperimentConfig, optimizer left out.
-
-  Of drawn thoughts without relaxed copies: what exact objectives and those add is in `training_flops` only.
-  """
-  row = ledger(config.model, vocabulary_size, config.thought, T, aligned=config.data.aligned, gradient=True)
-  rows = config.train.batch_size
-  return Ledger(**{name: value * rows for name, value in dataclasses.asdict(row).items()})
-
-
-def training_flops(config, vocabulary_size: int, T: int) -> float:
-  """FLOPs of one training step of an ExperimentConfig, optimizer left out."""
-  of = _every_thought if config.objective.exact else _drawn_thoughts
-  return of(config, vocabulary_size, T) * config.train.batch_size
-
-
-def _drawn_thoughts(config, vocabulary_size: int, T: int) -> float:
-  """A row with its gradient. REBAR's relaxed copies go through the model once more, which itself gets no gradient;
-  RELAX's do not, and are mixed twice, once with a gradient of a gradient.
-  """
-  thought = config.thought
-  row = ledger(config.model, vocabulary_size, thought, T, aligned=config.data.aligned, gradient=True)
-  if not thought.relaxation:
-    return row.total
-  head = 2.0 * config.model.width * vocabulary_size
-  copies = thought.samples * capacity(thought, T, config.data.aligned)
-  if VARIATES[config.objective.variate].head:
-    return row.total + copies * (head * (3 + 2 + 4) + 9 * 4.0 * config.model.width**2)  # policy, mixtures, the head
-  return row.total + 2 * row.think + copies * head * (3 * thought.lookahead + 3 + 4)  # targets, policy, mixtures
-
-
-def _every_thought(config, vocabulary_size: int, T: int) -> float:
-  """A row and its gradient when all thoughts are scored and none drawn, in parts that the backward pass runs again."""
-  Z = enumeration.number(config.thought, vocabulary_size, capacity(config.thought, T, config.data.aligned))
-  parts = -(-Z // CHUNK)
-  few = dataclasses.replace(config.thought, samples=-(-Z // parts))
-  row = ledger(config.model, vocabulary_size, few, T, aligned=config.data.aligned, gradient=True, given=True)
-  return parts * (row.total + (row.forward if parts > 1 else 0.0))
-
-
-def plain_floor(config, vocabulary_size: int, T: int) -> float:
-  """`Ledger.floor` of a training step on the same real tokens without any thought."""
-  without = dataclasses.replace(config.thought, length=0)
-  return training_ledger(dataclasses.replace(config, thought=without), vocabulary_size, T).floor

@@ -9,8 +9,9 @@ import jax
 
 from thinking_lm.analysis import ahead, roofline
 from thinking_lm.analysis.chips import GIB, Chip
-from thinking_lm.analysis.flops import Ledger, training_ledger
+from thinking_lm.analysis.flops import Ledger
 from thinking_lm.analysis.traffic import Traffic, training_traffic
+from thinking_lm.analysis.training import training_ledger
 from thinking_lm.model.generate import Sampling
 from thinking_lm.training.mesh import device_faults, make_mesh
 

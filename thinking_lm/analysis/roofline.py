@@ -8,8 +8,9 @@ import jax
 
 from thinking_lm.analysis import collectives
 from thinking_lm.analysis.chips import Chip
-from thinking_lm.analysis.flops import Ledger, plain_floor, training_flops, training_ledger
+from thinking_lm.analysis.flops import Ledger
 from thinking_lm.analysis.traffic import training_traffic
+from thinking_lm.analysis.training import plain_floor, training_ledger
 
 ASSUMPTIONS = (
   "matrix products run at the chip's peak, bf16 in and float32 accumulated",
@@ -50,7 +51,7 @@ def estimate(
   """The estimate of a training step; `found` are the collectives of its program."""
   devices, sizes = mesh.size, dict(mesh.shape)
   needed = training_ledger(config, vocabulary_size, T)
-  compute = training_flops(config, vocabulary_size, T) / (devices * chip.flops)
+  compute = needed.total / (devices * chip.flops)
   memory = training_traffic(config, vocabulary_size, T, parameters, sizes).total / chip.hbm
   network = collectives.travelled(found) / chip.ici
   between = collectives.crossed(found, slices) / chip.dcn

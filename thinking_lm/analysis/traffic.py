@@ -12,7 +12,8 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from thinking_lm.analysis.flops import causal_keys, plain_floor, training_ledger
+from thinking_lm.analysis.flops import causal_keys
+from thinking_lm.analysis.training import plain_floor, training_ledger
 from thinking_lm.model.serial import segments
 from thinking_lm.thoughts.placement import blocks, capacity, cuts
 from thinking_lm.training.writers import Work

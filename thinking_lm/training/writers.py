@@ -146,7 +146,7 @@ class Clocks:
 
 
 class Work(NamedTuple):
-  """What a training step costs, as `analysis.flops` and `analysis.traffic` count it, and what the devices could do.
+  """What a training step costs, as `analysis.training` and `analysis.traffic` count it, and what the devices could do.
 
   needed: `Ledger.floor`, thinking included. plain: the floor of the same real tokens without thoughts. moved:
   `Traffic.total`, bytes of memory; 0 where it was not counted. peak: FLOP/s of all devices in bf16; 0 where it is not
