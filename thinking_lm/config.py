@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -51,15 +51,15 @@ def to_config_dict(section) -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(values)
 
 
-def parse(cls: type, mapping: Mapping[str, Any]):
-  """The dataclass that `mapping` describes.
+def parse(cls: type, mapping: Mapping[str, Any], path: str = "config"):
+  """The dataclass that `mapping` describes; `path` is what messages call it.
 
   Raises:
     ConfigError: with one line for every unknown key, wrong type, non-finite number, value out of range, and every
       line that the sections' own `faults()` methods (rules across fields) give.
   """
   faults: list[str] = []
-  section = _parse(cls, mapping, "config", faults)
+  section = _parse(cls, mapping, path, faults)
   if faults:
     raise ConfigError(faults)
   return section
@@ -118,6 +118,30 @@ def _check(value, kind, metadata, where, faults):
   elif high is not None and value > high:
     faults.append(f"{where} must be at most {high}, got {value!r}")
   return value
+
+
+_READ = {
+  bool: lambda text: dict(true=True, false=False)[text.lower()],
+  tuple: lambda text: tuple(map(int, text.split("+"))),
+}
+"""Types whose text is not what their constructor reads."""
+
+
+def changed(section, name: str, changes: Sequence[str]):
+  """A flat section with other options, each a text `option=value`; the items of a tuple are joined by `+`.
+
+  Raises ConfigError: a value of another type, or what `parse` finds; `name` is the section's, for messages.
+  """
+  values = dataclasses.asdict(section)
+  for change in changes:
+    option, _, text = change.partition("=")
+    kind = type(values.get(option, ""))
+    try:
+      values[option] = _READ.get(kind, kind)(text)
+    except (KeyError, ValueError) as error:
+      known = "true or false" if kind is bool else "whole numbers joined by +" if kind is tuple else kind.__name__
+      raise ConfigError(f"{name}.{option} must be {known}, got {text!r}") from error
+  return parse(type(section), values, name)
 
 
 def describe(cls: type, path: str = "config") -> str:

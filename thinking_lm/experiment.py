@@ -238,23 +238,14 @@ class Experiment:
   def rethought(self, changes: Sequence[str]) -> "Experiment":
     """The same data and parameters with other options of the thought section, each as `name=value`.
 
-    Raises ConfigError: of the options, or because these thoughts need a head that was not trained.
+    Raises ConfigError: of the options, or because these parameters or rows cannot be thought about so.
     """
     if not changes:
       return self
-    values = dataclasses.asdict(self.config.thought)
-    for change in changes:
-      name, _, text = change.partition("=")
-      old = values.get(name, "")
-      read = dict([(bool, lambda text: text == "true"), (tuple, lambda text: tuple(map(int, text.split("+"))))])
-      try:
-        values[name] = read.get(type(old), type(old))(text)
-      except ValueError as error:
-        raise ConfigError(f"thought.{name} is a {type(old).__name__}, got {text!r}") from error
-    thought = config_lib.parse(ThoughtConfig, values)
-    missing = set(rules.heads(thought, self.config.objective, self.config.data)) - set(self.model.heads)
-    if missing:
-      raise ConfigError(f"these thoughts need heads that this run has not trained: {', '.join(sorted(missing))}")
+    thought = config_lib.changed(self.config.thought, "thought", changes)
+    faults = rules.rethought_faults(thought, self.config, self.data, self.model)
+    if faults:
+      raise ConfigError(faults)
     return dataclasses.replace(self._with(thought=thought), proxy=_proxy(thought, self.data))
 
   def generate(self, params: Params, prompts: Sequence[bytes], key, sampling: Sampling) -> Generation:

@@ -76,6 +76,24 @@ def size_faults(goal: ObjectiveConfig, thought: ThoughtConfig, data) -> list[str
   return enumeration.faults(thought, data.vocabulary.size, N) if goal.exact else []
 
 
+def rethought_faults(thought: ThoughtConfig, config, data, model) -> list[str]:
+  """Thoughts that the parameters and rows (pipeline.Data) of a run with another ThoughtConfig cannot have.
+
+  Rules of the objective play no part: nothing is trained.
+  """
+  found = answer_faults(thought, config.data) + label_faults(thought, config.data)
+  found += room_faults(thought, data.sequence_length, data.aligned)
+  missing = sorted(set(heads(thought, config.objective, config.data)) - set(model.heads))
+  if missing:
+    found.append(f"these thoughts need heads that this run has not trained: {', '.join(missing)}")
+  if thought.confidences not in (0, model.confidences):
+    found.append(
+      f"these thoughts report one of {thought.confidences} confidences (thought.bins), this run was trained with "
+      f"{model.confidences}"
+    )
+  return found
+
+
 def mesh_faults(sequence: int, thought: ThoughtConfig) -> list[str]:
   """Thoughts that a mesh with so many devices along a row would wait for: they are made one slot after another."""
   kind = thought.kind_of

@@ -44,8 +44,8 @@ def rows(texts, targets_from=None):
   return jax.tree.map(jnp.asarray, Batch(tokens, targets, segments * 1.0, segments, positions, ids))
 
 
-def decode(config, sampling=SAMPLING, prompts=PROMPTS, seed=7):
-  function = functools.partial(generate, MODEL, config, vocabulary=VOCABULARY, sampling=sampling)
+def decode(config, sampling=SAMPLING, prompts=PROMPTS, seed=7, **more):
+  function = functools.partial(generate, MODEL, config, vocabulary=VOCABULARY, sampling=sampling, **more)
   return jax.tree.map(np.asarray, jax.jit(function)(params(), rows(prompts), key=jax.random.key(seed)))
 
 
@@ -158,3 +158,18 @@ def test_thoughts_stand_where_the_placement_says(placement):
     live = generation.length_B[b] + 1
     got = {len(prompt) - 1 + i for i in np.flatnonzero(generation.thought_BX[b])}
     assert got == {a for a in anchors if len(prompt) - 1 <= a < len(prompt) - 1 + min(live, X)}
+
+
+def test_another_model_says_where_decoding_thinks():
+  """A watcher of another size: its need of every token so far marks the places, prompt and continuation alike."""
+  proxy = Model(ModelConfig(layers=1, width=8, heads=2, kv_heads=1), V)
+  config = ThoughtConfig(length=1, kind="latent", **NEED | dict(need_above=1.25))
+  watcher = (proxy, jax.jit(proxy.init)(jax.random.key(2)))
+  generation = decode(config, watcher=watcher)
+  for b, prompt in enumerate(PROMPTS):
+    end = min(generation.length_B[b] + 1, X)
+    text = rows([prompt + list(generation.tokens_BX[b, :end])])
+    need_T = np.asarray(needed(*watcher, text).need_BT[0, len(prompt) - 1 : len(prompt) - 1 + end])
+    assert np.abs(need_T - config.need_above).min() > 1e-3
+    assert generation.thought_BX[b, :end].tolist() == (need_T > config.need_above).tolist()
+  assert generation.thought_BX.any() and not generation.thought_BX.all()
