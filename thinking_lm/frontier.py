@@ -1,30 +1,105 @@
-"""What thinking buys and what it costs, over several evaluated runs: accuracy and nats against think tokens.
+"""What thinking buys and what it costs, over several runs: accuracy and nats against think tokens.
 
-  python -m thinking_lm.evaluate --workdir=RUN --split=test --controls=own,none      (once for each run)
-  python -m thinking_lm.frontier [--split=test] RUN...
+  python -m thinking_lm.frontier RUN...                             evaluated work directories
+  python -m thinking_lm.frontier --config=FILE --root=DIR ARM...    trains and evaluates them first
 
-Prints one line for each evaluation at a run's latest step, cheapest first. A star marks those that no other one beats:
-none of the others predicts better with as few think tokens. Runs that differ in objective.price alone trace a frontier;
-so do evaluations of one run with other thoughts (`evaluate --thought=...`), placements at equal numbers of them.
+Prints one line for each evaluation at a run's latest step, cheapest first, then one for each arm: runs that differ in
+their seeds only, with Student's interval over them. A star marks those that no other one beats: none of the others
+predicts better with as few think tokens. Runs that differ in objective.price alone trace a frontier; so do placements
+at equal numbers of thoughts, as runs of their own or as evaluations of one run (`evaluate --thought=...`). A plot goes
+to --plot.
 
-Exit codes: 0 done, 64 wrong command line, 65 damaged evaluation, 78 not an evaluated run.
+With --config each ARM is a recipe of that file, options, or both, joined by commas: `latent`, `objective.price=0.1`,
+`latent,thought.stride=4`. `{seed}` stands for the seed, as in thought.proxy=DIR/none-{seed}. Every arm is trained with
+each of --seeds seeds into DIR/ARM-SEED and evaluated there, by the commands `train` and `evaluate`; what has been
+evaluated is not run again. Examples:
+
+  python -m thinking_lm.frontier --config=configs/parity.py --root=runs/parity objective.price=0 objective.price=0.1
+  python -m thinking_lm.frontier --config=configs/placement.py --root=runs/placement none stride entropy router
+
+Exit codes: 0 done, 64 wrong command line, 65 damaged evaluation, 73 the plot cannot be written, 78 not an evaluated
+run; that of `train` or `evaluate` where one of them failed.
 """
+
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
 
 from absl import flags
 
 from thinking_lm import errors
-from thinking_lm.errors import UsageError
+from thinking_lm.errors import ThinkingLMError, UsageError, WorkdirError
 
 _SPLIT = flags.DEFINE_string("split", "test", "Which split's evaluations.")
+_CONFIG = flags.DEFINE_string("config", None, "Config file of the arms; without it, names are work directories.")
+_ROOT = flags.DEFINE_string("root", None, "Where the arms' work directories go.")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each arm.", lower_bound=1)
+_PLOT = flags.DEFINE_string("plot", "", "PNG file of the arms; default: frontier.png in --root, else none.")
+
+
+def commands(arm: str, seed: int) -> tuple[pathlib.Path, list[list[str]]]:
+  """(The work directory of an arm's run, the arguments of what trains and evaluates it)."""
+  parts = arm.replace("{seed}", str(seed)).split(",")
+  recipe = "" if "=" in parts[0] else f":{parts.pop(0)}"
+  path = pathlib.Path(_ROOT.value) / f"{re.sub(r'[^-A-Za-z0-9_.=]+', '_', arm)}-{seed}"
+  options = [f"--config.{part}" for part in [*parts, f"train.seed={seed}", f"data.seed={seed}"]]
+  train = ["thinking_lm.train", f"--config={_CONFIG.value}{recipe}", f"--workdir={path}", *options]
+  given = [f"--split={_SPLIT.value}", "--controls=own,none", "--generate=false"]
+  return path, [train, ["thinking_lm.evaluate", f"--workdir={path}", *given]]
+
+
+def runs(arms: list[str]) -> Iterator[str]:
+  """Work directories of all arms and seeds, each trained and evaluated."""
+  jobs = [(arm, seed) for arm in arms for seed in range(_SEEDS.value)]
+  for number, (arm, seed) in enumerate(jobs, start=1):
+    path, made = commands(arm, seed)
+    if not list(path.glob(f"evaluation/{_SPLIT.value}-*.json")):
+      print(f"[{number}/{len(jobs)}] {arm}, seed {seed}", flush=True)
+      for command in made:
+        _call(command)
+    yield str(path)
+
+
+def _call(command: list[str]) -> None:
+  """Runs a command of ours; what it prints goes on to stderr. Raises ThinkingLMError with its exit code."""
+  code = subprocess.run([sys.executable, "-m", *command], stdout=sys.stderr, check=False).returncode
+  if code:
+    error = ThinkingLMError(f"{shlex.join(['python', '-m', *command])} ended with exit code {code}")
+    error.exit_code = code if code > 0 else 128 - code
+    raise error
 
 
 def main(argv) -> None:
-  """Reads, prints."""
+  """Trains and evaluates where asked to, reads, prints, draws."""
   if len(argv) < 2:
-    raise UsageError("name one work directory or more; see --help")
+    raise UsageError("name one work directory or more, or with --config one arm or more; see --help")
+  if bool(_CONFIG.value) != bool(_ROOT.value):
+    raise UsageError("--config and --root go together: what the arms are, and where their work directories go")
   from thinking_lm.evaluation import frontier
 
-  print(frontier.table([point for run in argv[1:] for point in frontier.read(run, _SPLIT.value)]))
+  where = runs(argv[1:]) if _CONFIG.value else argv[1:]
+  points = [point for run in where for point in frontier.read(run, _SPLIT.value)]
+  arms = frontier.arms(points)
+  print(f"{frontier.table(points)}\n\n{frontier.arms_table(arms)}")
+  plot = _PLOT.value or (f"{_ROOT.value}/frontier.png" if _ROOT.value else "")
+  if plot:
+    print(_draw(pathlib.Path(plot), frontier.picture(arms)))
+
+
+def _draw(path: pathlib.Path, picture: bytes | None) -> str:
+  from thinking_lm.evaluation.diagram import MISSING
+
+  if picture is None:
+    return f"no plot: {MISSING.split(': ', 1)[1]}"
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(picture)
+  except OSError as error:
+    raise WorkdirError(f"cannot write --plot={path}: {error.strerror}") from error
+  return f"drawn: {path}"
 
 
 if __name__ == "__main__":

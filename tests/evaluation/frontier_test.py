@@ -1,18 +1,22 @@
 """The frontier of a few made-up runs, and what is said of a directory that is none."""
 
 import json
+import types
 
+import numpy as np
 import pytest
 
-from thinking_lm.errors import ConfigError, DataError
+from thinking_lm import frontier as command
+from thinking_lm.errors import ConfigError, DataError, ThinkingLMError
 from thinking_lm.evaluation import frontier
 
 
-def write(path, think, nats, step=3, split="test", price=0.0):
-  thought = dict(placement="every", topology="private", kind="latent", length=2, halting="ponder")
-  arm = dict(targets=10.0, nats_per_token=[nats, nats - 0.1, nats + 0.1], accuracy=None)
+def write(path, think, nats, step=3, split="test", price=0.0, seed=0, proxy="", accuracy=None):
+  thought = dict(placement="every", topology="private", kind="latent", length=2, halting="ponder", proxy=proxy)
+  arm = dict(targets=10.0, nats_per_token=[nats, nats - 0.1, nats + 0.1], accuracy=accuracy)
   (path / "evaluation").mkdir(parents=True, exist_ok=True)
-  (path / "config.json").write_text(json.dumps(dict(objective=dict(price=price))))
+  config = dict(objective=dict(price=price), train=dict(seed=seed, steps=step), thought=dict(proxy=proxy))
+  (path / "config.json").write_text(json.dumps(config))
   values = dict(reference="own", think_tokens=think, thought=thought, arms=dict(own=arm))
   (path / "evaluation" / f"{split}-{step}.json").write_text(json.dumps(values))
   return str(path)
@@ -45,3 +49,65 @@ def test_what_is_not_there_or_damaged_is_told(tmp_path):
   (tmp_path / "config.json").write_text("{}")
   with pytest.raises(DataError, match="is not what `evaluate` leaves"):
     frontier.read(run, "test")
+
+
+def test_runs_that_differ_in_their_seeds_are_one_arm(tmp_path):
+  cases = [
+    (0, 0.0, "", 1.0),
+    (1, 0.0, "", 2.0),
+    (2, 0.0, "", 6.0),
+    (0, 0.5, "", 0.5),
+    (0, 0.0, "a", 9.0),
+    (1, 0.0, "b", 7.0),
+  ]
+  runs = [
+    write(tmp_path / str(i), 10 + seed, nats, price=price, seed=seed, proxy=proxy, accuracy=[nats / 10, None, None])
+    for i, (seed, price, proxy, nats) in enumerate(cases)
+  ]
+  found = frontier.arms([point for run in runs for point in frontier.read(run, "test")])
+  assert [(arm.runs, arm.nats.value, arm.think.value) for arm in found] == [
+    (1, 0.5, 1.0),
+    (2, 8.0, pytest.approx(1.05)),
+    (3, 3.0, pytest.approx(1.1)),
+  ]
+  half = 4.303 * np.std([1, 2, 6], ddof=1) / np.sqrt(3)
+  assert found[2].nats.low == pytest.approx(3 - half) and found[0].nats.low is None
+  assert found[2].accuracy.high == pytest.approx((3 + half) / 10)
+  lines = frontier.arms_table(found).split("\n")
+  assert [line[0] for line in lines[1:]] == ["*", " ", " "] and "proxy" in lines[2] and "price 0.5" in lines[1]
+  assert frontier.picture(found)[:4] == b"\x89PNG"
+
+
+def test_a_run_without_a_loss_leaves_its_arm_without_one(tmp_path):
+  runs = [write(tmp_path / "a", 1, 1.0, seed=0), write(tmp_path / "b", 1, 2.0, seed=1)]
+  points = [point for run in runs for point in frontier.read(run, "test")]
+  (arm,) = frontier.arms([points[0], points[1]._replace(nats=[None, None, None])])
+  assert arm.runs == 2 and arm.nats.value is None and arm.accuracy is None and frontier.best([arm]) == [False]
+
+
+def test_arms_become_commands_and_what_is_evaluated_is_not_run_again(tmp_path, monkeypatch):
+  flagged = dict(config="configs/x.py", root=str(tmp_path), seeds=2, split="test")
+  for name, value in flagged.items():
+    monkeypatch.setattr(command, f"_{name.upper()}", types.SimpleNamespace(value=value))
+  called = []
+  monkeypatch.setattr(command, "_call", called.append)
+  arms = ["latent,thought.proxy=/r/none-{seed}", "objective.price=0.1"]
+  write(tmp_path / "objective.price=0.1-0", 1, 1.0)
+  assert [run.removeprefix(f"{tmp_path}/") for run in command.runs(arms)] == [
+    *(f"latent_thought.proxy=_r_none-_seed_-{seed}" for seed in (0, 1)),
+    *(f"objective.price=0.1-{seed}" for seed in (0, 1)),
+  ]
+  trained = [line for line in called if line[0] == "thinking_lm.train"]
+  assert len(trained) == 3 and len(called) == 6
+  assert trained[1][1] == "--config=configs/x.py:latent" and trained[1][3:] == [
+    "--config.thought.proxy=/r/none-1",
+    "--config.train.seed=1",
+    "--config.data.seed=1",
+  ]
+  assert trained[2][1] == "--config=configs/x.py" and trained[2][3] == "--config.objective.price=0.1"
+
+
+def test_a_command_that_fails_ends_with_its_code():
+  with pytest.raises(ThinkingLMError, match=r"python -m thinking_lm\.nothing ended with exit code 1") as caught:
+    command._call(["thinking_lm.nothing"])
+  assert caught.value.exit_code == 1

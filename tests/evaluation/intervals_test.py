@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from thinking_lm.evaluation.intervals import Z, ratio, share, wilson
+from thinking_lm.evaluation.intervals import Z, over_runs, ratio, share, wilson
 
 
 def test_equal_counts_give_the_interval_of_a_mean():
@@ -65,3 +65,15 @@ def test_about_19_of_20_intervals_hold_the_truth():
     found = share(random.binomial(counts, p), counts)
     held += found.low <= 0.5 <= found.high
   assert 0.92 <= held / 400 <= 0.98
+
+
+def test_student_intervals_over_runs():
+  """Quantiles of the printed tables, below and above where they are kept."""
+  for n, t in ((2, 12.706), (3, 4.303), (10, 2.262), (11, 2.228), (21, 2.086), (121, 1.980)):
+    values = np.arange(n) % 2 + np.arange(n) / n
+    found = over_runs(values)
+    assert found.value == pytest.approx(values.mean())
+    error = values.std(ddof=1) / np.sqrt(n)
+    assert (found.high - found.value) / error == pytest.approx(t, abs=5e-3)
+    assert found.value - found.low == pytest.approx(found.high - found.value)
+  assert over_runs([2.0]) == (2.0, None, None)

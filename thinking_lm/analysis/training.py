@@ -2,8 +2,8 @@
 
 Beside are the passes without a gradient: those without thoughts that say where to think (a placement by need) or what
 the teacher predicts, greedy thoughts, the reference's log-probabilities, the draw before several updates; and the
-relaxed copies of control variates. What a pass makes and nobody reads, XLA does not compute, and it is not counted: the heads of targets
-where only the policy is asked for, and the reverse.
+relaxed copies of control variates. What a pass makes and nobody reads, XLA does not compute, and it is not counted: the
+heads of targets where only the policy is asked for, and the reverse.
 """
 
 import dataclasses

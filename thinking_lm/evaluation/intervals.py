@@ -67,3 +67,22 @@ def share(hits_R, count_R) -> Interval | None:
     error = (rough.high - rough.low) / (2 * Z)
     worth = min(max(p * (1 - p) / error**2, rows), labels)
   return wilson(p, worth)
+
+
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Student's quantile at (1 + LEVEL) / 2 for 1 ... 9 degrees of freedom."""
+
+
+def over_runs(values) -> Interval:
+  """Mean over n independent runs with Student's interval, mean +- t s / sqrt(n); of a single run without one.
+
+  Above ten runs t is its expansion in 1 / (n - 1) about the normal quantile, to second order (error below 0.004).
+  """
+  values = np.asarray(values, np.float64)
+  value, free = float(values.mean()), len(values) - 1
+  if not free:
+    return Interval(value, None, None)
+  t = Z + (Z**3 + Z) / (4 * free) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * free**2)
+  t = STUDENT[free - 1] if free <= len(STUDENT) else t
+  half = t * float(values.std(ddof=1)) / math.sqrt(free + 1)
+  return Interval(value, value - half, value + half)
