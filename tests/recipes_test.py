@@ -42,6 +42,23 @@ def test_every_named_recipe_is_legal_on_a_start_and_keeps_to_known_options():
     experiment.parse(config)
 
 
+OWN = dict(
+  verifier=("solver", "discriminative", "written", "thinking"),
+  placement=("every", "stride", "entropy", "proxy", "router"),
+)
+"""Recipes that only one config file knows."""
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_config_files_own_recipes_are_legal(name):
+  for recipe in OWN[name]:
+    values = runpy.run_path(str(ROOT / f"configs/{name}.py"))["get_config"](recipe)
+    if values.data.source == "verdicts":
+      values.data.input = "some.jsonl"
+    config = experiment.parse(values)
+    assert config.thought.length or recipe in ("solver", "discriminative", "written"), recipe
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
   """(a small corpus, verdicts): what the recipes read here."""

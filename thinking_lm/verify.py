@@ -79,7 +79,7 @@ def scores(subject, params, lines, key, K: int):
     draws = K if subject.config.thought.length and subject.config.thought.kind_of.stochastic else 1
     if draws < K:
       print(f"--rationales={K} would all be equal: this verifier draws nothing; 1 is used", file=sys.stderr)
-    questions = [verdicts.question(line.prompt, line.candidate) for line in lines]
+    questions = [verdicts.opening(line, subject.config.data.verdicts) for line in lines]
     return scorer(params, questions, key, draws).mean(axis=1)
   total = 0.0
   for k in range(K):

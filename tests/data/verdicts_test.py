@@ -50,6 +50,21 @@ def test_a_written_rationale_is_learned_before_the_verdict():
   assert verdicts.question(b"1+1=", b"3", line.rationale) == b"1+1=3\nLet us see: one and one is 2\nIs this right? "
 
 
+def test_a_thought_takes_the_place_of_a_padded_rationale():
+  line = verdicts.Line(b"1+1=", b"3", False, b"it is 2")
+  make = lambda **options: verdicts.examples([line], verdicts.VerdictConfig(**options), ByteTokenizer(), train=False)[0]
+  written, thought = make(rationale=True, padded=9), make(instead=True)
+  assert said(thought) == (b"1+1=3\nLet us see: ", b"\nIs this right? No")
+  assert said(written) == (b"1+1=3\nLet us see: ", b"it is 2  \nIs this right? No")
+  with pytest.raises(ConfigError, match=r"padded 6 is less than the 7 bytes of b'it is 2'"):
+    make(rationale=True, padded=6)
+  faults = verdicts.VerdictConfig(instead=True, rationale=True).faults() + verdicts.VerdictConfig(padded=3).faults()
+  assert [line.split(":")[0] for line in faults] == [
+    "rationale and instead are two ways to fill one place",
+    "padded 3 is the length of a written rationale",
+  ]
+
+
 def test_all_candidates_of_a_problem_are_in_one_split(tmp_path):
   data = build(DataConfig(source="verdicts", input=write(tmp_path / "v.jsonl", rows()), sequence_length=0))
   prompts = {

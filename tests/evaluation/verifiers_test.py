@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.evaluation.command_test import command
 from thinking_lm import config as config_lib
 from thinking_lm import experiment
 from thinking_lm.data import verdicts
@@ -16,7 +17,8 @@ from thinking_lm.errors import ConfigError
 from thinking_lm.evaluation import verifiers
 from thinking_lm.evaluation.continuations import continuations
 from thinking_lm.model.generate import Sampling
-from thinking_lm.types import Carried
+from thinking_lm.training import loop
+from thinking_lm.types import Carried, Thoughts
 
 KEY = jax.random.key(5, impl="threefry2x32")
 LINES = [verdicts.Line(b"p=", b"1", True), *[verdicts.Line(b"q=", c, c == b"5") for c in (b"4", b"4", b"5")]]
@@ -54,6 +56,34 @@ def test_a_score_is_yes_against_no_after_the_same_thought(made):
       assert int(trace.valid_BN.sum()) == 1
       logp.append(float((trace.logp_BGT[0, 0] * batch.weights_BT[0]).sum()))
     assert scores_XK[number, 1] == pytest.approx(np.exp(logp[0]) / np.exp(logp).sum(), rel=1e-4)
+
+
+def test_a_thought_in_the_place_of_a_rationale_is_that_text(made):
+  """The same bytes as think tokens and as text: the same log-probability of question and verdict, the same policy."""
+  subject, params = made
+  values = config_lib.to_config_dict(subject.config)
+  values.data.verdicts.instead = True
+  values.thought.update(length=5, rotary="advance", topology="persistent", temperature=1.0, samples=1)
+  thinks = experiment.build(experiment.parse(values))
+  values.data.verdicts.update(instead=False, rationale=True, padded=5)
+  rationale, tokenizer = b"2,3", subject.data.tokenizer
+
+  def score(data, length):
+    (row,) = verdicts.examples([verdicts.Line(b"p=", b"1", True, rationale)], data, tokenizer, train=False)
+    batch = assemble([(row.tokens, row.targets, row.weights)], 64, np.array([0], np.uint32), thinks.data.vocabulary)
+    batch = jax.tree.map(jnp.asarray, batch)
+    thought = dataclasses.replace(thinks.config.thought, length=length)
+    tokens = jnp.asarray([*rationale.ljust(5)])[None, None, None]
+    given = Thoughts(thinks.model.bind(params).embed(tokens), tokens) if length else None
+    return row, thinks.rollout(params, batch, KEY, given, thought)
+
+  inside = thinks.config.data.verdicts
+  row, trace = score(inside, 5)
+  text_row, text = score(dataclasses.replace(inside, instead=False, rationale=True, padded=5), 0)
+  start = int(np.argmax(text_row.weights))
+  np.testing.assert_allclose(trace.policy_logp_BGN[0, 0, 0], text.logp_BGT[0, 0, start : start + 5].sum(), rtol=1e-4)
+  said = trace.logp_BGT[0, 0, : len(row.tokens)] * row.weights
+  np.testing.assert_allclose(said.sum(), text.logp_BGT[0, 0, start + 5 : len(text_row.tokens)].sum(), rtol=1e-4)
 
 
 def test_generation_thinks_before_the_answer_and_only_there(made):
@@ -145,3 +175,26 @@ def test_a_label_has_no_words(made):
   values.data.verdicts.solutions = 0.0
   with pytest.raises(ConfigError, match=r"it needs thought\.report 0, got 1"):
     experiment.parse(values)
+
+
+def test_the_command_evaluates_a_discriminative_verifier(made, tmp_path):
+  """Trained for two steps, then `evaluate` as a user would call it."""
+  values = config_lib.to_config_dict(made[0].config)
+  values.data.verdicts.label, values.thought.length = True, 0
+  values.train.update(steps=2, batch_size=8, tensorboard=False)
+  built = experiment.build(experiment.parse(values))
+  run = tmp_path / "run"
+  loop.train(built.run(), str(run))
+  code, out, errors = command(f"--workdir={run}", "--split=train")
+  assert code == 0, errors
+  (file,) = (run / "evaluation").glob("train-2.json")
+  found = json.loads(file.read_text())
+  rows = found["rows"]
+  assert found["arms"]["none"]["targets"] == rows > 30 and found["generated"] is None
+  sums, examples = found["arms"]["none"], [built.data.task.example(0, "train", i) for i in range(rows)]
+  subject, params, _ = experiment.load(str(run))
+  scores_X = verifiers.Scorer(subject, rows)(params, [example.prompt for example in examples], KEY, 1)[:, 0]
+  right = np.mean((scores_X > 0.5) == [example.answer == verdicts.YES for example in examples])
+  assert sums["accuracy"][0] == sums["whole_examples"][0] == pytest.approx(right)
+  assert found["calibration"]["forecasters"]["softmax"]["accuracy"][0] == pytest.approx(sums["accuracy"][0])
+  assert f"train: {rows} rows" in out

@@ -3,11 +3,15 @@
 A file has one JSON object a line, with `prompt`, `candidate`, `correct` (true or false), and where they are known
 `answer` and `rationale`; `python -m thinking_lm.candidates` writes such files. Each line is a *verdict* example, laid
 out as border, prompt, candidate, question | verdict, where only what is behind the bar has weight. This is GenRM
-(Zhang et al. 2024, arXiv:2408.15240): the verifier is a language model that says Yes or No. `verdicts.rationale` puts
-the line's written rationale between question and verdict, to be learned as text (their CoT variant); a thought is the
-other way to reason before the verdict. `verdicts.solutions` mixes in, for each line with a right candidate, the plain
-solution with that weight (their lambda). With `verdicts.label` it is their control, the discriminative verifier: the
-question alone, at whose last token a head says how sure the model is, by binary cross-entropy.
+(Zhang et al. 2024, arXiv:2408.15240): the verifier is a language model that says Yes or No.
+
+`verdicts.rationale` puts the line's written rationale between candidate and question, to be learned as text (their CoT
+variant); a thought before the verdict is the other way to reason. `verdicts.instead` lays an example out for a thought
+in the rationale's very place: sampled, persistent, of `verdicts.padded` tokens and with thought.rotary `advance` it is
+the same computation as that text, so that a run may start from one that learned to write and go on by any estimator.
+`verdicts.solutions` mixes in, for each line with a right candidate, the plain solution with that weight (their lambda).
+With `verdicts.label` it is their control, the discriminative verifier: the question alone, at whose last token a head
+says how sure the model is, by binary cross-entropy.
 """
 
 import dataclasses
@@ -33,15 +37,22 @@ class VerdictConfig:
 
   solutions: float = config.option(0.0, "weight of a right candidate as a solution to learn (GenRM's lambda)", low=0)
   rationale: bool = config.option(False, "the line's written rationale comes before the verdict, and is learned")
+  padded: int = config.option(0, "rationale: bytes that it is padded to, with spaces; 0: as it is written", low=0)
+  instead: bool = config.option(False, "the question comes after a thought, which stands where a rationale would")
   label: bool = config.option(
     False, "the verdict is a label that a scalar head gives, no word: a discriminative verifier"
   )
 
   def faults(self) -> list[str]:
     """Rules across fields."""
-    if self.label and (self.solutions or self.rationale):
-      return ["label has no words to learn: set solutions to 0 and rationale to false"]
-    return []
+    found = []
+    if self.label and (self.solutions or self.rationale or self.instead):
+      found.append("label has no words to learn: set solutions to 0, rationale and instead to false")
+    if self.rationale and self.instead:
+      found.append("rationale and instead are two ways to fill one place: set one of them to false")
+    if self.padded and not self.rationale:
+      found.append(f"padded {self.padded} is the length of a written rationale: it needs rationale true")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +101,17 @@ def question(prompt: bytes, candidate: bytes, rationale: bytes | None = None) ->
   return prompt + candidate + (QUESTION if rationale is None else REASON + rationale + QUESTION)
 
 
+def words(options: VerdictConfig) -> tuple[bytes, bytes]:
+  """What is said behind `opening` if the candidate is right, and if it is not."""
+  before = QUESTION if options.instead else b""
+  return before + YES, before + NO
+
+
+def opening(line: Line, options: VerdictConfig) -> bytes:
+  """The text before the words of a verdict, and before a thought that leads to them."""
+  return line.prompt + line.candidate + REASON if options.instead else question(line.prompt, line.candidate)
+
+
 def example(tokenizer: Tokenizer, prompt: bytes, answer: bytes, weight: float = 1.0) -> Example:
   """border, prompt | answer, border: what is behind the bar has `weight`."""
   border = np.array([tokenizer.vocabulary.document], np.int32)
@@ -108,18 +130,24 @@ def labelled(tokenizer: Tokenizer, asked: bytes, correct: bool) -> Example:
   return Example(tokens, np.int32(last * correct), np.float32(last), asked, YES if correct else NO)
 
 
+def _padded(rationale: bytes, length: int) -> bytes:
+  if length and len(rationale) > length:
+    raise ConfigError(f"data.verdicts.padded {length} is less than the {len(rationale)} bytes of {rationale!r}")
+  return rationale.ljust(length)
+
+
 def examples(lines: Sequence[Line], options: VerdictConfig, tokenizer: Tokenizer, train: bool) -> list[Example]:
   """Verdicts; for training also solutions, each right after the verdict on it."""
   found = []
   for line in lines:
-    verdict = YES if line.correct else NO
+    verdict = words(options)[not line.correct]
     if options.label:
-      found.append(labelled(tokenizer, question(line.prompt, line.candidate), line.correct))
+      found.append(labelled(tokenizer, opening(line, options), line.correct))
     elif options.rationale:
       head = line.prompt + line.candidate + REASON
-      found.append(example(tokenizer, head, line.rationale + QUESTION + verdict))
+      found.append(example(tokenizer, head, _padded(line.rationale, options.padded) + QUESTION + verdict))
     else:
-      found.append(example(tokenizer, question(line.prompt, line.candidate), verdict))
+      found.append(example(tokenizer, opening(line, options), verdict))
     if train and line.correct and options.solutions:
       found.append(example(tokenizer, line.prompt, line.candidate, options.solutions))
   return found

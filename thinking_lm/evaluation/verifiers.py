@@ -1,8 +1,9 @@
 """A model as a verifier: how sure it is that a candidate is right, and what choosing by that is worth.
 
-The score of a candidate is p(Yes) / (p(Yes) + p(No)) after the question, both as whole words to the end of the
-document, as the mean over K thoughts (or K written rationales); GenRM, Zhang et al. 2024, arXiv:2408.15240. Of a
-discriminative verifier (data.verdicts.label) it is the sigmoid of its head.
+The score of a candidate is p(Yes) / (p(Yes) + p(No)) after the question, both as whole words to the end of the document
+(and the question with them, where it comes after the thought), as the mean over K thoughts (or K written rationales);
+GenRM, Zhang et al. 2024, arXiv:2408.15240. Of a discriminative verifier (data.verdicts.label) it is the sigmoid of its
+head.
 """
 
 import dataclasses
@@ -55,7 +56,7 @@ class Scorer:
     if self._subject.config.data.verdicts.label:
       made = [[verdicts.labelled(data.tokenizer, each, correct) for correct in (True, False)] for each in questions]
     else:
-      words = (verdicts.YES, verdicts.NO)
+      words = verdicts.words(self._subject.config.data.verdicts)
       made = [[verdicts.example(data.tokenizer, each, word) for word in words] for each in questions]
     longest = max((len(row.tokens) for pair in made for row in pair), default=0)
     length = -(-longest // MULTIPLE) * MULTIPLE
