@@ -3,7 +3,8 @@
 From the paper: pause tokens whose number a model decides at each token; the variational variant (CYB-VA), the
 expected loss under the stop distribution plus the distance to a given distribution of stopping times.
 Departs: the decision is read off a head and not off a <don't know> token; private thoughts, so that pauses of one
-token are not seen by later ones; every eighth byte.
+token are not seen by later ones; every eighth byte; at most three pauses, a geometric prior of 1/2 and its weight are
+ours.
 Command: python -m thinking_lm.train --config=configs/recipes/catch_your_breath.py --workdir=runs/catch_your_breath
 Measured: not run at length.
 """

@@ -99,7 +99,11 @@ def vimco(reward_BGN):
 
 
 def jepo(reward_BGN):
-  """A_g = G (L - log 1/(G-1) sum_{j != g} p_j), with p and L as for vimco (JEPO, several samples, arXiv:2503.19618)."""
+  """A_g = G (L - log 1/(G-1) sum_{j != g} p_j), with p and L as for vimco (JEPO, Tang et al. 2025, arXiv:2503.19618).
+
+  Their section 4: the score term sum_g (L - v_g) grad log pi(z_g), v_g the leave-one-out bound; hence the G, as for
+  vimco. Their experiments (appendix B.2) use (1/G) sum_g clip((L - v_g) / std, -1, 1) in its place, which is biased.
+  """
   without_BGN = _in_place_of_own(reward_BGN, jnp.full_like(reward_BGN, -jnp.inf)) - jnp.log(reward_BGN.shape[1] - 1)
   return reward_BGN.shape[1] * (log_mean_exp(reward_BGN)[:, None] - without_BGN)
 
