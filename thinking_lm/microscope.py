@@ -87,7 +87,7 @@ def _estimator(subject, changes, samples: int, step: int, rows: int):
 
 def iterated(subject, params, batch, step: int, key) -> dict | None:
   """The gradient by parallel iterations against that through the serial chain; None for thoughts without the former."""
-  from thinking_lm.analysis import flops, microscope
+  from thinking_lm.analysis import microscope, training
   from thinking_lm.types import Carried
 
   thought, data = subject.config.thought, subject.data
@@ -97,7 +97,7 @@ def iterated(subject, params, batch, step: int, key) -> dict | None:
   def moments(**changes):
     config = dataclasses.replace(subject.config, thought=dataclasses.replace(thought, **changes))
     loss_fn = dataclasses.replace(subject, config=config).loss_fn
-    cost = flops.training_flops(config, data.vocabulary.size, data.sequence_length) / config.train.batch_size
+    cost = training.training_flops(config, data.vocabulary.size, data.sequence_length) / config.train.batch_size
     loss = lambda params, batch, key: loss_fn(params, batch, key, Carried(step=step))
     one = microscope.Estimator(loss, cost * len(batch.tokens_BT), draws=False)
     return microscope.moments(one, params, batch, key, 1), one.flops
