@@ -22,16 +22,11 @@ run; that of `train` or `evaluate` where one of them failed.
 """
 
 import pathlib
-import re
-import shlex
-import subprocess
-import sys
-from collections.abc import Iterator
 
 from absl import flags
 
 from thinking_lm import errors
-from thinking_lm.errors import ThinkingLMError, UsageError, WorkdirError
+from thinking_lm.errors import UsageError, WorkdirError
 
 _SPLIT = flags.DEFINE_string("split", "test", "Which split's evaluations.")
 _CONFIG = flags.DEFINE_string("config", None, "Config file of the arms; without it, names are work directories.")
@@ -40,47 +35,17 @@ _SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each arm.", lower_bound=1)
 _PLOT = flags.DEFINE_string("plot", "", "PNG file of the arms; default: frontier.png in --root, else none.")
 
 
-def commands(arm: str, seed: int) -> tuple[pathlib.Path, list[list[str]]]:
-  """(The work directory of an arm's run, the arguments of what trains and evaluates it)."""
-  parts = arm.replace("{seed}", str(seed)).split(",")
-  recipe = "" if "=" in parts[0] else f":{parts.pop(0)}"
-  path = pathlib.Path(_ROOT.value) / f"{re.sub(r'[^-A-Za-z0-9_.=]+', '_', arm)}-{seed}"
-  options = [f"--config.{part}" for part in [*parts, f"train.seed={seed}", f"data.seed={seed}"]]
-  train = ["thinking_lm.train", f"--config={_CONFIG.value}{recipe}", f"--workdir={path}", *options]
-  given = [f"--split={_SPLIT.value}", "--controls=own,none", "--generate=false"]
-  return path, [train, ["thinking_lm.evaluate", f"--workdir={path}", *given]]
-
-
-def runs(arms: list[str]) -> Iterator[str]:
-  """Work directories of all arms and seeds, each trained and evaluated."""
-  jobs = [(arm, seed) for arm in arms for seed in range(_SEEDS.value)]
-  for number, (arm, seed) in enumerate(jobs, start=1):
-    path, made = commands(arm, seed)
-    if not list(path.glob(f"evaluation/{_SPLIT.value}-*.json")):
-      print(f"[{number}/{len(jobs)}] {arm}, seed {seed}", flush=True)
-      for command in made:
-        _call(command)
-    yield str(path)
-
-
-def _call(command: list[str]) -> None:
-  """Runs a command of ours; what it prints goes on to stderr. Raises ThinkingLMError with its exit code."""
-  code = subprocess.run([sys.executable, "-m", *command], stdout=sys.stderr, check=False).returncode
-  if code:
-    error = ThinkingLMError(f"{shlex.join(['python', '-m', *command])} ended with exit code {code}")
-    error.exit_code = code if code > 0 else 128 - code
-    raise error
-
-
 def main(argv) -> None:
   """Trains and evaluates where asked to, reads, prints, draws."""
   if len(argv) < 2:
     raise UsageError("name one work directory or more, or with --config one arm or more; see --help")
   if bool(_CONFIG.value) != bool(_ROOT.value):
     raise UsageError("--config and --root go together: what the arms are, and where their work directories go")
+  from thinking_lm.evaluation import arms as arms_lib
   from thinking_lm.evaluation import frontier
 
-  where = runs(argv[1:]) if _CONFIG.value else argv[1:]
+  comparison = arms_lib.Comparison(_CONFIG.value, _ROOT.value, _SEEDS.value, _SPLIT.value)
+  where = arms_lib.runs(comparison, argv[1:]) if _CONFIG.value else argv[1:]
   points = [point for run in where for point in frontier.read(run, _SPLIT.value)]
   arms = frontier.arms(points)
   print(f"{frontier.table(points)}\n\n{frontier.arms_table(arms)}")

@@ -1,13 +1,12 @@
 """The frontier of a few made-up runs, and what is said of a directory that is none."""
 
 import json
-import types
 
 import numpy as np
 import pytest
 
-from thinking_lm import frontier as command
 from thinking_lm.errors import ConfigError, DataError, ThinkingLMError
+from thinking_lm.evaluation import arms as arms_lib
 from thinking_lm.evaluation import frontier
 
 
@@ -86,14 +85,11 @@ def test_a_run_without_a_loss_leaves_its_arm_without_one(tmp_path):
 
 
 def test_arms_become_commands_and_what_is_evaluated_is_not_run_again(tmp_path, monkeypatch):
-  flagged = dict(config="configs/x.py", root=str(tmp_path), seeds=2, split="test")
-  for name, value in flagged.items():
-    monkeypatch.setattr(command, f"_{name.upper()}", types.SimpleNamespace(value=value))
-  called = []
-  monkeypatch.setattr(command, "_call", called.append)
+  comparison, called = arms_lib.Comparison("configs/x.py", str(tmp_path), 2, "test"), []
+  monkeypatch.setattr(arms_lib, "call", called.append)
   arms = ["latent,thought.proxy=/r/none-{seed}", "objective.price=0.1"]
   write(tmp_path / "objective.price=0.1-0", 1, 1.0)
-  assert [run.removeprefix(f"{tmp_path}/") for run in command.runs(arms)] == [
+  assert [run.removeprefix(f"{tmp_path}/") for run in arms_lib.runs(comparison, arms)] == [
     *(f"latent_thought.proxy=_r_none-_seed_-{seed}" for seed in (0, 1)),
     *(f"objective.price=0.1-{seed}" for seed in (0, 1)),
   ]
@@ -109,5 +105,5 @@ def test_arms_become_commands_and_what_is_evaluated_is_not_run_again(tmp_path, m
 
 def test_a_command_that_fails_ends_with_its_code():
   with pytest.raises(ThinkingLMError, match=r"python -m thinking_lm\.nothing ended with exit code 1") as caught:
-    command._call(["thinking_lm.nothing"])
+    arms_lib.call(["thinking_lm.nothing"])
   assert caught.value.exit_code == 1
