@@ -32,6 +32,7 @@ Units: nats for log-probabilities, bits per byte where said, FLOPs (a multiply-a
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -128,8 +129,8 @@ class Layout:
     """(real slots of each block that think slots follow, real slots after the last of these)."""
     if self.cuts is None:
       return (self.block,) * self.blocks, 0
-    starts = (0, *self.cuts[:-1])
-    return tuple(cut - start for cut, start in zip(self.cuts, starts, strict=True)), T - self.cuts[-1]
+    ends = (0, *self.cuts)
+    return tuple(end - start for start, end in itertools.pairwise(ends)), T - ends[-1]
 
 
 @struct.dataclass

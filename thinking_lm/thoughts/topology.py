@@ -72,7 +72,7 @@ def persistent(batch: Batch, layout: Layout, J: int, rotary: str) -> Stream:
     slot_BT = block_BT * (C + J) + since_BT % C
     thought_BN = take(block_BT * (C + J) + C, layout.anchors_BN, S)
   else:
-    slot_T = index_T + J * jnp.searchsorted(jnp.array(layout.cuts), index_T, side="right")
+    slot_T = index_T + J * jnp.searchsorted(jnp.array(layout.cuts, jnp.int32), index_T, side="right")
     slot_BT = jnp.broadcast_to(slot_T, (B, T))
     thought_BN = take(slot_BT + 1, layout.anchors_BN, S)
   think_BX = (thought_BN[:, :, None] + jnp.arange(J)).reshape(B, N * J)
