@@ -133,7 +133,7 @@ def token_policy(decoder, config, hidden_BXD, tokens_BX):
 
 def _chunk(B: int, rows: int) -> int:
   """States of each of B rows whose logits, over so many rows of the table, are held at once."""
-  states = max(1, CHUNK // rows)
+  states = max(1, CHUNK * sharding.ways("vocab") // rows)
   return max(1, states * sharding.ways("batch") // B) * sharding.ways("length")
 
 
