@@ -25,10 +25,10 @@ test-latest: .venv-latest/.installed  ## the same on Python 3.12 with the newest
 	$(PYTEST) .venv-latest/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 plan: .venv-plan/.installed  ## compile every pod of configs/pod and hold it to its budget; no TPU needed, ARGS=--write sets budgets
-	NPROC=2 JAX_PLATFORMS=cpu .venv-plan/bin/python -m thinking_lm.plan --budgets=configs/pod/budgets.json $(ARGS)
+	NPROC=1 JAX_PLATFORMS=cpu .venv-plan/bin/python -m thinking_lm.plan --budgets=configs/pod/budgets.json $(ARGS)
 
 plan-small: .venv-plan/.installed  ## the same for one small pod, in a minute
-	NPROC=2 JAX_PLATFORMS=cpu .venv-plan/bin/python -m thinking_lm.plan --budgets=configs/pod/small.json $(ARGS)
+	NPROC=1 JAX_PLATFORMS=cpu .venv-plan/bin/python -m thinking_lm.plan --budgets=configs/pod/small.json $(ARGS)
 
 lint: .venv/.installed  ## check style and format
 	.venv/bin/python -m ruff check .

@@ -8,6 +8,7 @@ import pytest
 from thinking_lm import experiment, recipes
 from thinking_lm.analysis import collectives
 from thinking_lm.errors import ConfigError
+from thinking_lm.objectives import carry
 from thinking_lm.training.mesh import MeshConfig, global_batch, make_mesh, shardings
 from thinking_lm.training.step import gradients
 from thinking_lm.types import Carried
@@ -50,7 +51,11 @@ def small(recipe, **values):
 
 
 def step(built):
-  return jax.jit(lambda params, batch: gradients(built.loss_fn, params, batch, jax.random.key(2), 1, Carried()))
+  def one(params, batch):
+    carried = Carried(extra=carry.init(built.config.objective, params))
+    return gradients(built.loss_fn, params, batch, jax.random.key(2), 1, carried)
+
+  return jax.jit(one)
 
 
 @pytest.mark.parametrize("recipe,values,sizes", CASES.values(), ids=CASES)

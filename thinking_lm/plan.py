@@ -11,7 +11,9 @@ jax-cuda13-plugin; no accelerator.
 Exit codes: 0 fits (or all budgets hold), 1 does not, 64 wrong command line, 78 wrong config or topology.
 """
 
+import concurrent.futures
 import json
+import multiprocessing
 import pathlib
 import sys
 
@@ -41,6 +43,9 @@ _TOKENS = flags.DEFINE_integer("tokens", 128, "generate: tokens that are drawn."
 _JSON = flags.DEFINE_string("json", None, "Also write everything to this file.")
 _BUDGETS = flags.DEFINE_string("budgets", None, "Compile every pod of this file and hold it to its budget.")
 _ONLY = flags.DEFINE_string("only", "", "With --budgets: only the entries whose name contains this.")
+_JOBS = flags.DEFINE_integer(
+  "jobs", 2, "With --budgets: entries that are compiled at a time, of 3 GB each.", lower_bound=1
+)
 _WRITE = flags.DEFINE_bool("write", False, "With --budgets: write the figures that were found into the file instead.")
 
 
@@ -77,29 +82,37 @@ def _sketch(values):
 
 def _check(path: pathlib.Path, decode) -> int:
   """Compiles the pods of a budget file. Returns the exit code."""
-  import runpy
-
-  from thinking_lm.analysis import budgets, chips, pods
+  from thinking_lm.analysis import budgets
 
   entries = json.loads(path.read_text())
   chosen = {name: entry for name, entry in entries.items() if _ONLY.value in name}
   if not chosen:
     raise errors.UsageError(f"no entry of {path} contains {_ONLY.value!r}; there are {', '.join(entries)}")
-  broken = 0
-  for name, entry in chosen.items():
-    file, _, recipe = name.partition(":")
-    values = runpy.run_path(str(path.parent / f"{file}.py"))["get_config"](recipe)
-    slices = entry.get("slices", 1)
-    chip, devices = chips.pod(entry["topology"], slices)
-    plan = pods.plan(_sketch(values), chip, devices, slices, entry["parts"], decode)
-    found = budgets.record(plan)
-    lines = [] if _WRITE.value else budgets.faults(entry.get("budget", {}), found)
-    broken += bool(lines)
-    print(f"{name}: {'; '.join(lines) or budgets.brief(found)}", flush=True)
-    if _WRITE.value and all(part.fits for part in plan.parts.values()):
-      entry["budget"] = budgets.budget(found)
-      path.write_text(json.dumps(entries, indent=2) + "\n")
+  with concurrent.futures.ProcessPoolExecutor(_JOBS.value, multiprocessing.get_context("spawn")) as pool:
+    records = {name: pool.submit(_compiled, path.parent, name, entry, decode) for name, entry in chosen.items()}
+    broken = 0
+    for name, record in records.items():
+      found, entry = record.result(), entries[name]
+      lines = [] if _WRITE.value else budgets.faults(entry.get("budget", {}), found)
+      broken += bool(lines)
+      print(f"{name}: {'; '.join(lines) or budgets.brief(found)}", flush=True)
+      if _WRITE.value and all(part["fits"] for part in found["parts"].values()):
+        entry["budget"] = budgets.budget(found)
+        path.write_text(json.dumps(entries, indent=2) + "\n")
   return int(broken > 0)
+
+
+def _compiled(directory: pathlib.Path, name: str, entry: dict, decode) -> dict:
+  """The record of one entry; in a process of its own, which knows no flags."""
+  import runpy
+
+  from thinking_lm.analysis import budgets, chips, pods
+
+  file, _, recipe = name.partition(":")
+  values = runpy.run_path(str(directory / f"{file}.py"))["get_config"](recipe)
+  slices = entry.get("slices", 1)
+  chip, devices = chips.pod(entry["topology"], slices)
+  return budgets.record(pods.plan(_sketch(values), chip, devices, slices, entry["parts"], decode))
 
 
 if __name__ == "__main__":
