@@ -85,35 +85,6 @@ def _estimator(subject, changes, samples: int, step: int, rows: int):
   )
 
 
-def iterated(subject, params, batch, step: int, key) -> dict | None:
-  """The gradient by parallel iterations against that through the serial chain; None for thoughts without the former."""
-  from thinking_lm.analysis import microscope, training
-  from thinking_lm.types import Carried
-
-  thought, data = subject.config.thought, subject.data
-  if not thought.iterations:
-    return None
-
-  def moments(**changes):
-    config = dataclasses.replace(subject.config, thought=dataclasses.replace(thought, **changes))
-    loss_fn = dataclasses.replace(subject, config=config).loss_fn
-    cost = training.training_flops(config, data.vocabulary.size, data.sequence_length) / config.train.batch_size
-    loss = lambda params, batch, key: loss_fn(params, batch, key, Carried(step=step))
-    one = microscope.Estimator(loss, cost * len(batch.tokens_BT), draws=False)
-    return microscope.moments(one, params, batch, key, 1), one.flops
-
-  serial, serial_flops = moments(iterations=0, through=0)
-  found, cost = moments()
-  parts = microscope.compare(found, microscope.exact(serial, "serial"), cost)
-  return dict(
-    iterations=thought.iterations,
-    through=thought.through or thought.iterations,
-    residual=found.told["residual"],
-    flops=cost / serial_flops,
-    against={part: dict(gap=one["bias"], cosine=one["cosine"]) for part, one in parts.items()},
-  )
-
-
 def _references(subject, params, batch, step: int, key, progress):
   """bound -> Reference: exact where possible, else of many samples; with why, where a bound cannot be had at all."""
   from thinking_lm.analysis import estimators, microscope
@@ -147,6 +118,7 @@ def measure(subject, params, step: int, names) -> dict:
   import jax.numpy as jnp
 
   from thinking_lm.analysis import estimators, microscope
+  from thinking_lm.analysis.iterated import iterated
   from thinking_lm.training import state
 
   if not subject.config.thought.length:

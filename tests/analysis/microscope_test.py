@@ -14,10 +14,10 @@ from tests import quick
 from tests.evaluation import harness
 from tests.model.problem import relative
 from thinking_lm.analysis import estimators, microscope
+from thinking_lm.analysis.iterated import iterated
 from thinking_lm.analysis.microscope import Estimator
 from thinking_lm.analysis.microscope_report import table
 from thinking_lm.metrics import Mean
-from thinking_lm.microscope import iterated
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.types import Carried
 
