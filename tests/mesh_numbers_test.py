@@ -70,13 +70,15 @@ def test_one_device_and_eight(recipe, values, sizes):
     spread = global_batch(mesh, rows)
     program = step(built).lower(placed, spread).compile()
     many = jax.device_get(program(placed, spread))
+  thought = built.config.thought
+  atol = 1e-5 if thought.kind == "noisy" else 3e-6  # a density over all dimensions has large gradients that cancel
   scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(grads))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5 * scale), many[0], grads)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=atol * scale), many[0], grads)
   np.testing.assert_allclose(many[1]["loss"].total, metrics["loss"].total, rtol=1e-5)
   gathers = collectives.read(program.as_text())[0]["all-gather"]
   # A draw needs the probabilities of the whole vocabulary; nothing else is gathered again and again.
-  thought = built.config.thought
-  draws = 2 * rows.tokens_BT.shape[1] * thought.length if thought.kind_of.stochastic else 0
+  mixes = 2 if thought.kind == "noisy" else 1
+  draws = mixes * rows.tokens_BT.shape[1] * thought.length if thought.kind_of.stochastic else 0
   assert gathers.runs - gathers.instructions <= draws, "a loop over think tokens gathers weights in every trip"
 
 

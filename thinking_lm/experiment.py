@@ -251,9 +251,7 @@ class Experiment:
   def generate(self, params: Params, prompts: Sequence[bytes], key, sampling: Sampling) -> Generation:
     """Continues texts; rows b G ... b G + G - 1 of the result (numpy leaves) belong to prompts[b] (`Sampling.samples`).
 
-    An empty prompt is a fresh document.
-
-    What is drawn for a prompt depends on `key`, its place in the list and itself.
+    An empty prompt is a fresh document. What is drawn for a prompt depends on `key`, its place in the list and itself.
     """
     border = np.array([self.data.vocabulary.document], np.int32)
     rows = [np.concatenate([border, self.data.tokenizer.encode(prompt)]) for prompt in prompts]

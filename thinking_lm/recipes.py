@@ -170,6 +170,26 @@ STARTS = dict(
 thought between the question and the answer."""
 
 
+POD = {
+  "data.source": "arrayrecord",
+  "data.input": "corpus",
+  "data.tokenizer": "sentencepiece:tokenizer.model",
+  "data.align": 64,
+  "model.vocabulary_multiple": 1024,
+  "model.compute_dtype": "bfloat16",
+  "model.remat": "full",
+  "thought.placement": "stride",
+  "thought.stride": 64,
+}
+"""What the files of configs/pod have in common: a prepared corpus, bfloat16, layers computed again, sparse thoughts."""
+
+
+def pod(config):
+  """Sets POD in `config`, a ConfigDict, and returns it; sizes, mesh and a recipe come on top."""
+  config.update_from_flattened_dict(POD)
+  return config
+
+
 def start(config, name: str):
   """A run of one of STARTS in `config`, minutes on two cores, and returns it; a recipe comes on top."""
   config.update_from_flattened_dict(pick(STARTS, name, "start"))

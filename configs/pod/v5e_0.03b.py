@@ -11,23 +11,14 @@ from thinking_lm import experiment, recipes
 
 def get_config(recipe="none"):
   """4 layers of width 512 on rows of 256 tokens."""
-  config = experiment.default_config()
-  config.data.source = "arrayrecord"
-  config.data.input = "corpus"
-  config.data.tokenizer = "sentencepiece:tokenizer.model"
+  config = recipes.pod(experiment.default_config())
   config.data.vocabulary_size = 32000
   config.data.sequence_length = 256
-  config.data.align = 64
   config.model.layers = 4
   config.model.width = 512
   config.model.heads = 4
   config.model.kv_heads = 2
   config.model.mlp_width = 2048
-  config.model.vocabulary_multiple = 1024
-  config.model.compute_dtype = "bfloat16"
-  config.model.remat = "full"
-  config.thought.placement = "stride"
-  config.thought.stride = 64
   config.train.batch_size = 8
   config.mesh.data = 1
   config.mesh.fsdp = 2

@@ -24,13 +24,9 @@ THOUGHTS = dict(
 
 def get_config(recipe="none"):
   """20 layers of width 2048 on rows of 2048 tokens, 0.5 M real tokens a step."""
-  config = experiment.default_config()
-  config.data.source = "arrayrecord"
-  config.data.input = "corpus"
-  config.data.tokenizer = "sentencepiece:tokenizer.model"
+  config = recipes.pod(experiment.default_config())
   config.data.vocabulary_size = 32000
   config.data.sequence_length = 2048
-  config.data.align = 64
   config.model.layers = 20
   config.model.width = 2048
   config.model.heads = 16
@@ -38,11 +34,6 @@ def get_config(recipe="none"):
   config.model.mlp_width = 8192
   config.model.rope_base = 10_000.0
   config.model.tie_embeddings = True
-  config.model.vocabulary_multiple = 1024
-  config.model.compute_dtype = "bfloat16"
-  config.model.remat = "full"
-  config.thought.placement = "stride"
-  config.thought.stride = 64
   config.train.steps = 50_000
   config.train.batch_size = 256
   config.train.distributed = True

@@ -23,13 +23,9 @@ THOUGHTS = dict(
 
 def get_config(recipe="none"):
   """32 layers of width 4096 on rows of 4096 tokens, 4.2 M real tokens a step."""
-  config = experiment.default_config()
-  config.data.source = "arrayrecord"
-  config.data.input = "corpus"
-  config.data.tokenizer = "sentencepiece:tokenizer.model"
+  config = recipes.pod(experiment.default_config())
   config.data.vocabulary_size = 128000
   config.data.sequence_length = 4096
-  config.data.align = 64
   config.model.layers = 32
   config.model.width = 4096
   config.model.heads = 32
@@ -37,11 +33,6 @@ def get_config(recipe="none"):
   config.model.mlp_width = 14336
   config.model.rope_base = 500_000.0
   config.model.tie_embeddings = False
-  config.model.vocabulary_multiple = 1024
-  config.model.compute_dtype = "bfloat16"
-  config.model.remat = "full"
-  config.thought.placement = "stride"
-  config.thought.stride = 64
   config.train.steps = 100_000
   config.train.batch_size = 1024
   config.train.distributed = True

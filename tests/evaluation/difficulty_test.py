@@ -1,5 +1,7 @@
 """Think tokens against difficulty: ranks by counting, and the table of an evaluated task."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -31,14 +33,20 @@ def test_longer_thoughts_about_harder_examples_are_a_correlation_with_an_interva
 
 
 def test_an_evaluated_task_is_told_by_difficulty():
-  thought = dict(kind="latent", length=3, topology="private", placement="answer", halting="ponder")
+  thought = dict(kind="latent", length=3, topology="private", placement="answer", halting="ponder", stop_at=0.8)
   made = harness.make(task=dict(name="parity", length=4), thought=thought)
   found = harness.run(made, controls=("none",))
   values = summary_of(found, tagging=False, task=True)
   prompts = [example.prompt.decode() for example in made[0].data.examples("validation", 13)]
   signs = [prompt.count("+") + prompt.count("-") for prompt in prompts]
   assert found.difficulty.level_R.tolist() == signs and len(set(signs)) > 1
-  assert found.difficulty.used_R.sum() == found.think_tokens
+  subject, params, _ = made
+  for number, host in enumerate(subject.data.evaluation_batches("validation", batch_size=4)):
+    used_B = subject.rollout(params, jax.tree.map(jnp.asarray, host), harness.KEY).used_BGN.sum(axis=(1, 2))
+    rows = slice(4 * number, 4 * number + 4)
+    used_R = found.difficulty.used_R[rows]
+    np.testing.assert_array_equal(used_R, used_B[: len(used_R)])
+  assert found.difficulty.used_R.sum() == found.think_tokens > 0
   np.testing.assert_array_equal(found.difficulty.right_R, found.arms["own"].sums.whole_R)
   assert {one["level"] for one in values["difficulty"]["levels"]} == set(signs)
   assert "rank correlation of think tokens with difficulty" in table(values)

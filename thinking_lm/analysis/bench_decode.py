@@ -30,10 +30,15 @@ def cases() -> Iterator[Case]:
   """Thoughts at every position at once, which share the prefix; then continuations, all steps in one dispatch."""
   for B, limit in COST.items():
     bar = Bar("a think token / a plain forward token", lambda r: (ratio(r, "thoughts", "plain") - 1) / n, limit)
-    bars = (bar, PEER) if peers.installed() and B == 1 else (bar,)
+    bars = (bar, PEER) if _against_a_peer(B) else (bar,)
     yield Case(f"every_B{B}_T{T}_n{n}", functools.partial(thoughts, B), bars)
   for B in COST:
     yield Case(f"generate_B{B}_{NEW}", functools.partial(continuations, B))
+
+
+def _against_a_peer(B: int) -> bool:
+  """At one row; at more, padded prefixes would take a peer minutes."""
+  return B == 1 and peers.installed()
 
 
 def _variant(name: str, model: Model, function, B: int, thought: ThoughtConfig, tokens: int) -> Variant:
@@ -57,7 +62,7 @@ def thoughts(B: int) -> list[Variant]:
     _variant("plain", model, plain, B, PLAIN, B * T),
     _variant("thoughts", model, drawn, B, THOUGHT, B * T * n),
   ]
-  if peers.installed() and B == 1:
+  if _against_a_peer(B):
     found.append(Variant("hugging_face", peers.thoughts(V, B, T, n), tokens=B * T * n, compiled=False))
   return found
 

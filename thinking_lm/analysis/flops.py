@@ -8,7 +8,7 @@ count, so that it can only check these formulas where every loop runs once.
 import dataclasses
 from typing import NamedTuple
 
-from thinking_lm.model.decoder import ModelConfig
+from thinking_lm.model.decoder import ModelConfig, table_rows
 from thinking_lm.model.serial import segments
 from thinking_lm.thoughts.placement import blocks, capacity, cuts
 from thinking_lm.thoughts.spec import ThoughtConfig
@@ -23,9 +23,8 @@ class Ledger:
   for the log-probabilities of drawn thoughts. draw: making think tokens (logits and mixtures), and for persistent
   rescored kinds the whole drawing pass, for parallel iterations all passes but the last. backward: the gradient, with
   what remat "full", the head and `model.replay` compute again (not the attention scores that "dots" does, and all
-  backends of attention but einsum); 0 for a forward pass. A call so small that it keeps the logits of private thoughts
-  that it draws (`readout.fits`) does without the second head for their log-probabilities: that is not taken off.
-  beside: other passes of a training step, see `analysis.training`.
+  backends of attention but einsum); 0 for a forward pass. Private thoughts are scored as they are drawn: their one head
+  is in readout. beside: other passes of a training step, see `analysis.training`.
   """
 
   base: float
@@ -55,6 +54,11 @@ class Ledger:
     return Ledger(**{name: value * number for name, value in dataclasses.asdict(self).items()})
 
 
+def replays(thought: ThoughtConfig) -> bool:
+  """Whether the pass that draws the thoughts also scores them (model/replay.py)."""
+  return bool(thought.kind_of.policy and thought.rescore and thought.topology == "private")
+
+
 def layer_flops(model: ModelConfig, queries: float, keys: float) -> float:
   """All layers over so many queries, each of which scores `keys` keys."""
   D, E = model.width, model.resolved_head_width
@@ -64,8 +68,7 @@ def layer_flops(model: ModelConfig, queries: float, keys: float) -> float:
 
 def head_flops(model: ModelConfig, vocabulary_size: int, thought: ThoughtConfig) -> float:
   """The language-model head for one state."""
-  rows = -(-(vocabulary_size + 3 + thought.confidences) // model.vocabulary_multiple) * model.vocabulary_multiple
-  return 2.0 * model.width * rows
+  return 2.0 * model.width * table_rows(model, vocabulary_size, thought.confidences)
 
 
 def causal_keys(model: ModelConfig, queries: int) -> float:
@@ -115,8 +118,8 @@ def ledger(
   if thought.iterations:
     return _iterated(Ledger(base, parallel, readout, 0.0), G * N * n * per_token, thought, model, gradient, queries)
   draw = makes * per_token
-  if kind.policy and thought.rescore and thought.topology == "private":
-    drawn = Ledger(base, serial + ahead, readout, draw)
+  if replays(thought):
+    drawn = Ledger(base, serial + ahead, readout, G * N * thought.answer * per_token)
     # One pass over everything, never run forward, is gone through backwards from the inputs of every layer.
     backward = 2 * (base + parallel) + _again(model, base + parallel, queries) + 3 * readout
     return dataclasses.replace(drawn, backward=backward) if gradient else drawn
@@ -152,8 +155,7 @@ def _private(model: ModelConfig, thought: ThoughtConfig, T: int, N: int, aligned
   del aligned
   G, J, A = thought.samples, thought.slots, thought.lookahead - 1
   base = layer_flops(model, T, causal_keys(model, T))
-  replays = thought.kind_of.policy and thought.rescore
-  serial = G * N * layer_flops(model, J, T + J + (not replays))  # drawn in place, or behind a cache
+  serial = G * N * layer_flops(model, J, T + J + (not replays(thought)))  # drawn in place, or behind a cache
   F = max(thought.answer - 1, 0)  # tokens of an answer that are fed, one by one when they are drawn
   serial += G * N * layer_flops(model, F, T + J + F) if F else 0.0
   A += F

@@ -7,7 +7,15 @@ from thinking_lm.types import Carried
 
 
 def iterated(subject, params, batch, step: int, key) -> dict | None:
-  """The gradient by parallel iterations against that through the serial chain; None for thoughts without the former."""
+  """The gradient by parallel iterations against that through the serial chain; None for thoughts without the former.
+
+  Args:
+    subject: an Experiment. batch: of rows, on the device. step: number of finished steps.
+
+  Returns:
+    JSON values: the residual of the passes (`jacobi`), FLOPs over those of the serial gradient, and for each part of
+    the parameters the relative gap |g - g'| / |g'| and the cosine.
+  """
   thought, data = subject.config.thought, subject.data
   if not thought.iterations:
     return None

@@ -24,7 +24,9 @@ def llama(V: int):
   torch.set_num_threads(1)
   torch.manual_seed(0)
   sizes = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4)
-  config = transformers.LlamaConfig(V, **sizes, max_position_embeddings=2048, bos_token_id=None, eos_token_id=None)
+  config = transformers.LlamaConfig(
+    vocab_size=V, **sizes, max_position_embeddings=2048, bos_token_id=None, eos_token_id=None
+  )
   return transformers.LlamaForCausalLM(config)
 
 

@@ -12,8 +12,9 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from thinking_lm.analysis.flops import causal_keys
+from thinking_lm.analysis.flops import causal_keys, replays
 from thinking_lm.analysis.training import plain_floor, training_ledger
+from thinking_lm.model.decoder import table_rows
 from thinking_lm.model.serial import segments
 from thinking_lm.thoughts.placement import blocks, capacity, cuts
 from thinking_lm.training.writers import Work
@@ -88,9 +89,7 @@ def passes(model, thought, T: int, aligned: int) -> Passes:
     if not kind.serial:
       return found._replace(forward=2, backward=2)
     count = 1 + J + (A > 0)
-    return found._replace(
-      cached=J * (T + P * J), forward=count, backward=1 if kind.policy and thought.rescore else count
-    )
+    return found._replace(cached=J * (T + P * J), forward=count, backward=1 if replays(thought) else count)
   C, R = blocks(thought, T, N, aligned)
   sizes, tail = Layout(None, C, R, cuts=cuts(thought, T, N, aligned)).sizes(T)
   S = sum(sizes) + tail + J * len(sizes)
@@ -136,8 +135,7 @@ def training_traffic(config, vocabulary_size: int, T: int, parameters: int, size
   tensor = sizes["tensor"]
   rows = config.train.batch_size * tensor / math.prod(sizes.values())
   again = run.again or m.remat == "full"
-  table = m.width * -(-(vocabulary_size + 3 + config.thought.confidences) // m.vocabulary_multiple)
-  table *= m.vocabulary_multiple
+  table = m.width * table_rows(m, vocabulary_size, config.thought.confidences)
   layers = parameters - table * (1 if m.tie_embeddings else 2)
   micro = config.train.accumulation
   sums = 3 * micro if micro > 1 else 1  # a gradient is written; of several, the sum is read and written as well

@@ -9,7 +9,7 @@ heads of targets where only the policy is asked for, and the reverse.
 import dataclasses
 from collections.abc import Iterator
 
-from thinking_lm.analysis.flops import Ledger, causal_keys, head_flops, layer_flops, ledger
+from thinking_lm.analysis.flops import Ledger, causal_keys, head_flops, layer_flops, ledger, replays
 from thinking_lm.model.decoder import ModelConfig
 from thinking_lm.model.enumeration import CHUNK
 from thinking_lm.objectives.advantages import ADVANTAGES
@@ -59,7 +59,7 @@ def _beside(config, vocabulary_size: int, T: int, row: Ledger) -> Iterator[float
   if baseline and BASELINES[baseline].greedy:
     one = forward(dataclasses.replace(thought, samples=1, temperature=0.0))
     base = thought.topology == "private" and not (REWARDS[goal.reward].base and not goal.teacher_decay)
-    yield one.total - pays - base * T * head
+    yield one.total - (0 if replays(thought) else pays) - base * T * head
   if goal.kl_weight:
     scored = forward(thought, given=True)
     yield scored.base + scored.think + thought.samples * pays

@@ -178,6 +178,12 @@ CONTROL_ROWS = 3
 """START, STOP and PAUSE."""
 
 
+def table_rows(config: ModelConfig, vocabulary_size: int, confidences: int) -> int:
+  """Rows of the embedding table: real tokens, control rows and confidences, rounded up."""
+  multiple = config.vocabulary_multiple
+  return -(-(vocabulary_size + CONTROL_ROWS + confidences) // multiple) * multiple
+
+
 class Decoder(nnx.Module):
   """The decoder over a vocabulary of real tokens and three control rows: START, STOP and PAUSE.
 
@@ -196,8 +202,7 @@ class Decoder(nnx.Module):
   ):
     self.config, self.vocabulary_size = config, vocabulary_size
     self.confidences, self.border = confidences, border
-    D, multiple = config.width, config.vocabulary_multiple
-    rows = -(-(vocabulary_size + CONTROL_ROWS + confidences) // multiple) * multiple
+    D, rows = config.width, table_rows(config, vocabulary_size, confidences)
     self.embedding = parameter(rngs, (rows, D), ("vocab", "embed"), D**-0.5)
     stack = nnx.vmap(
       lambda rngs: Layer(config, rngs), axis_size=config.layers, transform_metadata={nnx.PARTITION_NAME: "layers"}

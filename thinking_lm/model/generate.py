@@ -64,8 +64,8 @@ class _Now(NamedTuple):
 
   streams: the keys of what was fed. x: the next input, which goes to `slot`. step: which slot of a thought that is, -1
   for a real token. token, before: the two newest real tokens; `position`, `rotary` and `base` (the hidden state) are of
-  the newest, and `thinks`: a thought follows it. count: real tokens drawn. thoughts: begun so far. watched: what the
-  need of a placement is read off.
+  the newest, and `thinks`: a thought follows it, with `progress` and, to show, the tokens `made`. thoughts: begun so
+  far. count: real tokens drawn. watched: what the need of a placement is read off.
   """
 
   streams: Streams
@@ -250,7 +250,7 @@ def _marked(config, vocabulary, now: _Now, watcher):
     need_BG2 = _two(need_BG, need_BG)
   position_BG2 = _two(now.position_BG - 1, now.position_BG)
   # The prompt's last token predicts the answer's first one: the first target with a weight.
-  asked_BG2 = _two(jnp.zeros_like(now.token_BG), jnp.full_like(now.token_BG, 0) + (now.count_BG == 0))
+  asked_BG2 = _two(jnp.zeros_like(now.done_BG), now.count_BG == 0)
   real_BG2 = jnp.ones_like(position_BG2)
   pair = Batch(_two(now.before_BG, now.token_BG), None, asked_BG2, real_BG2, position_BG2, None, need_BG2)
   pair = jax.tree.map(lambda a: a.reshape(-1, 2), pair)
