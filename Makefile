@@ -10,7 +10,7 @@ PYTEST = NPROC=1 OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-latest plan plan-small lint clean
+.PHONY: help quickstart test test-slow test-latest plan plan-small lint clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "  %-18s %s\n", $$1, $$2 }'
@@ -18,8 +18,11 @@ help:  ## show this list
 quickstart: .venv/.installed  ## the main job: what thinking buys, in one table (at most 6 minutes on 2 cores)
 	.venv/bin/python -m thinking_lm.quickstart $(ARGS)
 
-test: .venv/.installed  ## run every test
+test: .venv/.installed  ## run the tests
 	$(PYTEST) .venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-slow: .venv/.installed  ## run the tests that `make test` leaves out: more kills, meshes, processes and cases
+	$(PYTEST) .venv/bin/python -m pytest -n 2 --dist loadfile -m slow $(ARGS)
 
 test-latest: .venv-latest/.installed  ## the same on Python 3.12 with the newest JAX
 	$(PYTEST) .venv-latest/bin/python -m pytest -n 2 --dist loadfile $(ARGS)

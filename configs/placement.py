@@ -6,7 +6,7 @@ without thoughts is); router (a head decides at each element, private thoughts, 
 Command: python -m thinking_lm.frontier --config=configs/placement.py --root=runs/placement --seeds=3 none every \
   stride entropy 'proxy,thought.proxy=runs/placement/none-{seed}' router
 (none comes first: it is the proxy; --config.thought.need_above is what `thinking_lm.calibrate` says of it.)
-Measured: not run.
+Measured: see "Where to think" in BUILD_NOTES.md.
 """
 
 from thinking_lm import experiment, recipes

@@ -9,7 +9,13 @@ import os
 EMITTERS = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11)
 """Whether XLA still has its older code generator, which takes a third of the time. Unknown flags end the process."""
 
-FLAGS = "--xla_backend_optimization_level=0" + EMITTERS * " --xla_cpu_use_fusion_emitters=false"
+FLAGS = " ".join(
+  [
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",  # one thread gains nothing by splitting a program for several
+    *["--xla_cpu_use_fusion_emitters=false"] * EMITTERS,
+  ]
+)
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -100,6 +100,7 @@ def test_arms_become_commands_and_what_is_evaluated_is_not_run_again(tmp_path, m
     "--config.train.seed=1",
     "--config.data.seed=1",
   ]
+  assert not any("controls" in option for line in called for option in line)  # not every arm has thoughts of its own
   assert trained[2][1] == "--config=configs/x.py" and trained[2][3] == "--config.objective.price=0.1"
 
 

@@ -122,7 +122,9 @@ def is_unbiased(name):
   return close and np.allclose(mean_X[~moving], wanted_X[~moving], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["rebar", "both", "P", "relax"])
+@pytest.mark.parametrize(
+  "name", ["rebar", "relax", *[pytest.param(name, marks=pytest.mark.slow) for name in ("both", "P")]]
+)
 def test_claims_of_a_control_variate(name):
   assert is_unbiased(name) == VARIATES[problem_of(name)[1].variate].unbiased
 

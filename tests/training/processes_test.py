@@ -80,7 +80,7 @@ def alone(tmp_path_factory):
   return workdir
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_train_and_evaluate_as_one_process_with_as_many_devices(alone, tmp_path, count):
   together = tmp_path / "together"
   ended = start(count, 4 // count, together)

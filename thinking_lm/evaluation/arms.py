@@ -31,7 +31,7 @@ def commands(comparison: Comparison, arm: str, seed: int) -> tuple[pathlib.Path,
   path = pathlib.Path(comparison.root) / f"{re.sub(r'[^-A-Za-z0-9_.=]+', '_', arm)}-{seed}"
   options = [f"--config.{part}" for part in [*parts, f"train.seed={seed}", f"data.seed={seed}"]]
   train = ["thinking_lm.train", f"--config={comparison.config}{recipe}", f"--workdir={path}", *options]
-  given = [f"--split={comparison.split}", "--controls=own,none", "--generate=false"]
+  given = [f"--split={comparison.split}", "--generate=false"]
   return path, [train, ["thinking_lm.evaluate", f"--workdir={path}", *given]]
 
 
