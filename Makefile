@@ -24,7 +24,7 @@ test: .venv/.installed  ## run the tests
 test-slow: .venv/.installed  ## run the tests that `make test` leaves out: more kills, meshes, processes and cases
 	$(PYTEST) .venv/bin/python -m pytest -n 2 --dist loadfile -m slow $(ARGS)
 
-test-latest: .venv-latest/.installed  ## the same on Python 3.12 with the newest JAX
+test-latest: .venv-latest/.installed  ## run what `make test` runs on Python 3.12 with the newest JAX
 	$(PYTEST) .venv-latest/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 plan: .venv-plan/.installed  ## compile every pod of configs/pod and hold it to its budget; no TPU needed, ARGS=--write sets budgets

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.slow import leaving
 from thinking_lm import experiment, recipes
 from thinking_lm.config import parse
 from thinking_lm.errors import ConfigError
@@ -40,14 +41,16 @@ def first(built, rows=8):
   return jax.tree.map(jnp.asarray, batch)
 
 
-def crossed(file, recipe):
-  """`make test` takes one file with every recipe, and every file with two of them."""
-  slow = file.stem != "word_problem" and recipe not in ("latent", "hybrid")
-  return pytest.param(file, recipe, id=f"{file.stem}-{recipe}", marks=[pytest.mark.slow] * slow)
+PAIRS = {f"{file.stem}-{recipe}": (file, recipe) for file in CONFIGS for recipe in recipes.RECIPES}
+SLOW = [
+  name for name, (file, recipe) in PAIRS.items() if file.stem != "word_problem" and recipe not in ("latent", "hybrid")
+]
+"""`make test` takes one file with every recipe, and every file with two of them."""
 
 
-@pytest.mark.parametrize("file,recipe", [crossed(file, recipe) for file in CONFIGS for recipe in recipes.RECIPES])
-def test_every_config_builds_with_every_recipe(file, recipe):
+@pytest.mark.parametrize("pair", leaving(PAIRS, SLOW))
+def test_every_config_builds_with_every_recipe(pair):
+  file, recipe = PAIRS[pair]
   values = runpy.run_path(str(file))["get_config"](recipe)
   if values.data.source == "verdicts":  # whose rows another run makes
     values.data.input = "nowhere"
@@ -89,9 +92,22 @@ def close(got, expected):
   np.testing.assert_array_equal(tokens, drawn)
 
 
+MESHES = dict(fsdp=dict(fsdp=8), all_three=dict(data=2, fsdp=2, tensor=2))
+
+
 def test_numbers_do_not_depend_on_micro_batches(reference):
   built, params, batch, expected = reference
   close(everything(built, parts=4)(params, batch), expected)
+
+
+@pytest.mark.parametrize("name", leaving(MESHES, ["fsdp"]))
+def test_numbers_do_not_depend_on_the_mesh(reference, name):
+  built, params, batch, expected = reference
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(**(dict(data=-1) | MESHES[name])))
+  placed = jax.device_put(params, mesh_lib.shardings(built.axes, params, mesh))
+  rows = mesh_lib.global_batch(mesh, jax.tree.map(np.asarray, batch))
+  with jax.set_mesh(mesh):
+    close(everything(built)(placed, rows), expected)
 
 
 def test_the_second_step_compiles_nothing():

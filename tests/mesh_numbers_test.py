@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.slow import leaving
 from thinking_lm import experiment, recipes
 from thinking_lm.analysis import collectives
 from thinking_lm.errors import ConfigError
@@ -32,7 +33,7 @@ CASES = {
   "private jepo by chunks of keys": ("jepo", PRIVATE | CHUNKED, dict(data=2, sequence=2, tensor=2)),
   "soft": ("soft", {}, BOTH),
   "sampled, drawn and scored": ("nll_only", {}, BOTH),
-  "latent, one after another": ("latent", {"thought.length": 2}, dict(fsdp=8)),
+  "latent, one after another": ("latent", {"thought.length": 2}, BOTH),
   "latent, in parallel passes": ("ponder_lm2", {}, dict(fsdp=4, tensor=2)),
   "private gumbel": ("gumbel", PRIVATE, dict(data=2, fsdp=4)),
   "noisy, paid": ("hybrid", {"thought.kind": "noisy", "thought.samples": 2}, BOTH),
@@ -42,8 +43,6 @@ CASES = {
   "mixed predictions": ("quiet_star", {"thought.length": 2}, BOTH),
   "a value baseline": ("hybrid", {"objective.advantage": "value", "thought.samples": 1}, BOTH),
 }
-
-
 SLOW = (
   "private jepo along its streams",
   "sampled, drawn and scored",
@@ -52,11 +51,6 @@ SLOW = (
   "ends that a head learns",
   "a value baseline",
 )
-"""What `make test` leaves out: each is near another case."""
-
-
-def case(name):
-  return pytest.param(*CASES[name], id=name, marks=[pytest.mark.slow] * (name in SLOW))
 
 
 def small(recipe, **values):
@@ -73,8 +67,9 @@ def step(built):
   return jax.jit(one)
 
 
-@pytest.mark.parametrize("recipe,values,sizes", [case(name) for name in CASES])
-def test_one_device_and_eight(recipe, values, sizes):
+@pytest.mark.parametrize("name", leaving(CASES, SLOW))
+def test_one_device_and_eight(name):
+  recipe, values, sizes = CASES[name]
   built = small(recipe, **values)
   params = built.init(jax.random.key(1))
   rows = next(built.data.batches("train", global_batch=8))

@@ -225,13 +225,13 @@ class Experiment:
     if goal.score_weight and goal.nll_weight:
       alone = dict(nll_grad_norm=dict(score_weight=0.0), score_grad_norm=dict(nll_weight=0.0, base_weight=0.0))
       for name, change in alone.items():
-        terms[name] = self._with(
+        terms[name] = self.with_sections(
           objective=dataclasses.replace(goal, entropy_weight=0.0, kl_weight=0.0, **change)
         ).loss_fn
     key = random_key(c.train.seed, "evaluate")
     return (Examination(c.health.every, c.evaluation.split, c.train.batch_size, self, key, put, terms),)
 
-  def _with(self, **sections) -> "Experiment":
+  def with_sections(self, **sections) -> "Experiment":
     """The same experiment with other config sections, on the same data and model."""
     return dataclasses.replace(self, config=dataclasses.replace(self.config, **sections))
 
@@ -246,7 +246,7 @@ class Experiment:
     faults = rules.rethought_faults(thought, self.config, self.data, self.model)
     if faults:
       raise ConfigError(faults)
-    return dataclasses.replace(self._with(thought=thought), proxy=_proxy(thought, self.data))
+    return dataclasses.replace(self.with_sections(thought=thought), proxy=_proxy(thought, self.data))
 
   def generate(self, params: Params, prompts: Sequence[bytes], key, sampling: Sampling) -> Generation:
     """Continues texts; rows b G ... b G + G - 1 of the result (numpy leaves) belong to prompts[b] (`Sampling.samples`).

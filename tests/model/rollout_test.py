@@ -15,6 +15,7 @@ import pytest
 from tests import oracles
 from tests.model import problem
 from tests.model.problem import ANCHORS, BATCH, TIED, UNTIED
+from tests.slow import leaving
 from thinking_lm.model.rollout import rollout
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.types import Thoughts
@@ -46,7 +47,6 @@ PRIVATE = dict(
 CASES = {f"persistent-{name}": case for name, case in PERSISTENT.items()}
 CASES |= {f"private-{name}": case for name, case in PRIVATE.items()}
 SLOW = ("persistent-scanned", "persistent-latent_anchor", "private-latent_linear", "private-sampled_delimited")
-"""What `make test` leaves out: each is near another case."""
 
 
 @functools.cache
@@ -97,7 +97,7 @@ def same_gradient(left, right, rtol=1e-4):
     assert error <= rtol * size, f"{jax.tree_util.keystr(path)}: {error} of {size}"
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
+@pytest.mark.parametrize("name", leaving(CASES, SLOW))
 def test_values_and_gradients_equal_the_oracles(name):
   _, thought = CASES[name]
   (number, trace), gradient = rolled(name)

@@ -37,7 +37,7 @@ def gradient(monkeypatch, name, cut_up: bool, dtype="float32"):
   config = dataclasses.replace(config, compute_dtype=dtype)
   if cut_up:
     monkeypatch.setattr(serial, "SEGMENT_SLOTS", 1)
-    monkeypatch.setattr(serial, "SEGMENTS", 2)
+    monkeypatch.setattr(serial, "SEGMENTS", 3)
   else:
     monkeypatch.setattr(serial, "segment", segment.forward)
   monkeypatch.setattr(segment, "UNROLLED", 1 if "scanned" in name else 4)

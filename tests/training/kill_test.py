@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from tests.slow import leaving
 from tests.training import harness
 
 TINY = (
@@ -26,7 +27,7 @@ PROGRAMS = dict(
 """name -> (program, kills of either seed, most lines of output before a kill)."""
 
 
-@pytest.fixture(scope="module", params=["toy", "backprop", pytest.param("sampled", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=leaving(PROGRAMS, ["sampled"]))
 def name(request):
   return request.param
 
@@ -44,7 +45,7 @@ def gold(program, tmp_path_factory):
   return harness.outcome(workdir)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", leaving([0, 1], [1]))
 def test_killed_at_random_moments(name, program, gold, tmp_path, seed):
   _, kills, most_lines = PROGRAMS[name]
   hits = harness.run_with_kills(program, tmp_path / "run", kills[seed], seed, most_lines)

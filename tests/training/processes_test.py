@@ -10,6 +10,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from tests import quick
+from tests.slow import leaving
 from tests.training.harness import ROOT
 from thinking_lm.training import checkpoint
 from thinking_lm.training.writers import read_rows
@@ -80,7 +81,7 @@ def alone(tmp_path_factory):
   return workdir
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", leaving([2, 4], [4]))
 def test_processes_train_and_evaluate_as_one_process_with_as_many_devices(alone, tmp_path, count):
   together = tmp_path / "together"
   ended = start(count, 4 // count, together)

@@ -9,8 +9,11 @@ from thinking_lm.types import Carried
 def iterated(subject, params, batch, step: int, key) -> dict | None:
   """The gradient by parallel iterations against that through the serial chain; None for thoughts without the former.
 
+  The passes are those of `model/jacobi.py`, which names their source.
+
   Args:
-    subject: an Experiment. batch: of rows, on the device. step: number of finished steps.
+    subject: an Experiment. params: its parameters. batch: rows, on the device. step: number of finished steps. key:
+      what is drawn in either gradient.
 
   Returns:
     JSON values: the residual of the passes (`jacobi`), FLOPs over those of the serial gradient, and for each part of
@@ -21,8 +24,8 @@ def iterated(subject, params, batch, step: int, key) -> dict | None:
     return None
 
   def moments(**changes):
-    config = dataclasses.replace(subject.config, thought=dataclasses.replace(thought, **changes))
-    loss_fn = dataclasses.replace(subject, config=config).loss_fn
+    changed = subject.with_sections(thought=dataclasses.replace(thought, **changes))
+    config, loss_fn = changed.config, changed.loss_fn
     cost = training.training_flops(config, data.vocabulary.size, data.sequence_length) / config.train.batch_size
     loss = lambda params, batch, key: loss_fn(params, batch, key, Carried(step=step))
     one = microscope.Estimator(loss, cost * len(batch.tokens_BT), draws=False)

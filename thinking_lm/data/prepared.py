@@ -167,7 +167,7 @@ def read_index(directory: epath.Path, number: int, shard: Shard) -> np.ndarray:
   content = path.read_bytes()
   if sha256_of(content) != shard.index_sha256:
     raise DataError(f"{path} is damaged: its sha256 is not the manifest's; restore it, or prepare again")
-  index = np.load(io.BytesIO(content), allow_pickle=False)
+  index = np.load(io.BytesIO(content), allow_pickle=False)  # see index_bytes
   if index.shape != (shard.documents, 2) or int(index[:, 0].sum()) != shard.tokens:
     raise DataError(f"{path} does not have the {shard.documents} documents of the manifest; prepare again")
   return index
