@@ -15,7 +15,7 @@ from flax import nnx
 from thinking_lm.config import option, pick
 from thinking_lm.model.attention import BACKENDS, CHUNK, MASKED, Keys, attention
 from thinking_lm.model.heads import HEADS
-from thinking_lm.model.layers import RMSNorm, matmul, parameter, rotate
+from thinking_lm.model.layers import RMSNorm, matmul, parameter, rotary, rotate
 from thinking_lm.sharding import constrain
 from thinking_lm.types import Params
 
@@ -144,9 +144,9 @@ class Layer(nnx.Module):
       self.query_norm = RMSNorm(E, None)
       self.key_norm = RMSNorm(E, None)
 
-  def __call__(self, x_BPQD, positions_BPQ, mask_BPQQ, past: Keys | None, own: Keys | None):
-    """Returns (x_BPQD, (k_BPQKE, v_BPQKE)): the new activations and this call's own keys and values."""
-    q, k, v = self.project(x_BPQD, positions_BPQ)
+  def __call__(self, x_BPQD, turn, mask_BPQQ, past: Keys | None, own: Keys | None):
+    """Returns (x_BPQD, (k_BPQKE, v_BPQKE)): the new activations and this call's own keys and values; turn: as below."""
+    q, k, v = self.project(x_BPQD, turn)
     seen = [keys for keys in (past, own) if keys is not None]
     c = self.config
     mixed = attention(q, [*seen, Keys(k, v, mask_BPQQ)], c.attention, c.query_blocks, c.attention_chunk)
@@ -156,15 +156,22 @@ class Layer(nnx.Module):
     """x times the matrix `name`. The two halves below take another function of this signature in its place."""
     return matmul(x, getattr(self, name)[...])
 
-  def project(self, x_XD, positions_X, product=None):
-    """What comes before attention: queries [..., H, E], keys and values [..., K, E] of activations [..., D]."""
+  def turn(self, positions):
+    """How far queries and keys at positions [...] are turned: computed once for all layers."""
+    return rotary(positions, self.config.resolved_head_width, self.config.rope_base)
+
+  def project(self, x_XD, turn, product=None):
+    """What comes before attention: queries [..., H, E], keys and values [..., K, E] of activations [..., D].
+
+    turn: as `turn` gives for their positions [...].
+    """
     c, product = self.config, product or self.product
     h = self.attention_norm(x_XD)
     q, k, v = (product(name, h) for name in ("query", "key", "value"))
     q, k, v = (a.reshape(*a.shape[:-1], -1, c.resolved_head_width) for a in (q, k, v))
     if c.qk_norm:
       q, k = self.query_norm(q), self.key_norm(k)
-    return rotate(q, positions_X, c.rope_base), rotate(k, positions_X, c.rope_base), v
+    return rotate(q, turn), rotate(k, turn), v
 
   def complete(self, x_XD, mixed_XHE, product=None):
     """What comes after attention: the layer's output [..., D] from its input and the mixed values."""
@@ -287,6 +294,7 @@ class Decoder(nnx.Module):
   def layered(self, x_BPQD, positions_BPQ, mask_BPQQ, past=None, own=None, keep: bool = True):
     """The same without the final norm: (x_BPQD after the last layer, Cache, inputs_LBPQD of every layer or None)."""
     graph, layers = nnx.split(self.layers)
+    turn = self.layers.turn(positions_BPQ)
 
     def body(x, scanned):
       params, past_cache, own_cache = scanned
@@ -294,7 +302,7 @@ class Decoder(nnx.Module):
         None if seen is None else Keys(cache.k, cache.v, seen.mask_BPQS)
         for seen, cache in ((past, past_cache), (own, own_cache))
       )
-      y, new = nnx.merge(graph, params)(x, positions_BPQ, mask_BPQQ, *sets)
+      y, new = nnx.merge(graph, params)(x, turn, mask_BPQQ, *sets)
       return constrain(y, *ACTIVATIONS), (Cache(*new), x if keep else None)
 
     caches = (None if seen is None else seen.cache for seen in (past, own))

@@ -36,15 +36,22 @@ class RMSNorm(nnx.Module):
     return (y * self.scale[...]).astype(x.dtype)
 
 
-def rotate(x, positions, base: float):
-  """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), pairs taken half a head apart.
+def rotary(positions, width: int, base: float):
+  """(sin, cos) [..., 1, E / 2] of the rotary angles at positions [...], for `rotate`: the same for heads and layers.
 
   Args:
-    x: [..., heads, E], E even. positions: [...] integers. base: the longest wave length is about 2 pi base.
+    positions: integers. width: E, even. base: the longest wave length is about 2 pi base.
   """
-  half = x.shape[-1] // 2
-  frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  frequency = base ** (-jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
   angle = positions.astype(jnp.float32)[..., None, None] * frequency
-  sin, cos = jnp.sin(angle), jnp.cos(angle)
+  return jnp.sin(angle), jnp.cos(angle)
+
+
+def rotate(x, turn):
+  """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of x [..., heads, E], pairs taken half a head apart.
+
+  turn: as of `rotary`.
+  """
+  sin, cos = turn
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

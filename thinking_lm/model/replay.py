@@ -112,12 +112,12 @@ def _make(decoder, config, hidden_BPD, keys_BP, i, progress, draft: Draft):
 def _slot(decoder, past: Cache, prefix_BPT, positions_BPX, x_BPD, j, draft: Draft):
   """One slot of every thought through all layers: (hidden_BPD, the draft with it)."""
   graph, layers = nnx.split(decoder.layers)
-  position_BP = jax.lax.dynamic_index_in_dim(positions_BPX, j, axis=2, keepdims=False)
+  turn = decoder.layers.turn(jax.lax.dynamic_index_in_dim(positions_BPX, j, axis=2, keepdims=False))
 
   def body(carry, scanned):
     (x, draft), (number, params, past) = carry, scanned
     layer = nnx.merge(graph, params)
-    q, k, v = layer.project(x, position_BP)
+    q, k, v = layer.project(x, turn)
     put = lambda a, b: jax.lax.dynamic_update_slice(a, b.swapaxes(1, 2)[None, ..., None, :], (number, 0, 0, 0, j, 0))
     keys = [put(a, b) for a, b in zip(draft[:2], (k, v), strict=True)]
     inputs = jax.lax.dynamic_update_slice(draft.inputs_LJBPD, x[None, None], (number, j, 0, 0, 0))
@@ -188,13 +188,14 @@ def _forward(graph, layers, inputs, facts, kept, ends):
 
 def _backward(graph, saved, cotangents):
   layers, facts, kept = saved
+  turns = jax.tree.map(nnx.merge(graph, layers).turn, (facts.positions_B1T, facts.positions_BPX))
 
   def layer(cotangents, scanned):
     params, (base_B1TD, think_JBPD, ahead_BPAD) = scanned
     slots = jnp.moveaxis(think_JBPD, 0, 2)
     if ahead_BPAD is not None:
       slots = jnp.concatenate([slots, ahead_BPAD], axis=2)
-    pull = jax.vjp(functools.partial(_layer, graph, facts), params, (base_B1TD, slots))[1]
+    pull = jax.vjp(functools.partial(_layer, graph, facts, turns), params, (base_B1TD, slots))[1]
     gradient, inputs = pull(cotangents)
     return inputs, gradient
 
@@ -205,10 +206,10 @@ def _backward(graph, saved, cotangents):
 replay.defvjp(_forward, _backward)
 
 
-def _layer(graph, facts: Pass, params, inputs):
+def _layer(graph, facts: Pass, turns, params, inputs):
   """One layer of the parallel pass: the thoughts see what the layer makes of the real tokens."""
   layer, (base, slots) = nnx.merge(graph, params), inputs
-  base, (k, v) = layer(base, facts.positions_B1T, facts.mask_B1TT, None, None)
+  base, (k, v) = layer(base, turns[0], facts.mask_B1TT, None, None)
   past = Keys(k[:, 0], v[:, 0], facts.prefix_BP1T)
-  slots, _ = layer(slots, facts.positions_BPX, facts.mask_BPXX, past, None)
+  slots, _ = layer(slots, turns[1], facts.mask_BPXX, past, None)
   return constrain(base, *ACTIVATIONS), constrain(slots, *ACTIVATIONS)

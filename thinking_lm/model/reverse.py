@@ -157,6 +157,7 @@ def _recompute(decoder, layer_of, weights, facts, caches, x_BSD):
   """(states before the final norm, layered _Saved) of all slots of a segment at once, against the final cache."""
   S = x_BSD.shape[1]
   mask = visible(facts.segments_BA, facts.segments_BA.shape[1] - S, S)
+  turn = decoder.layers.turn(facts.positions_BS)
 
   def body(x, weights, cache):
     inputs, outputs = {}, {}
@@ -166,7 +167,7 @@ def _recompute(decoder, layer_of, weights, facts, caches, x_BSD):
       return outputs[name]
 
     layer = layer_of(weights)
-    q, _, _ = layer.project(x, facts.positions_BS, record)
+    q, _, _ = layer.project(x, turn, record)
     seen = weigh(q, cache.k, mask)
     y = layer.complete(x, mix(seen, cache.v), record)
     del outputs["down"]
@@ -248,15 +249,15 @@ class _Calls:
     _, pull = jax.vjp(norm, self.final_norm, cut(self.last_BSD, first, Q))
     dfinal, dx_BQD = pull(dhidden_BQD + cut(self.dhidden_BSD, first, Q))
     layers = (self.weights, self.norms, self.transposed, self.caches, self.dcache, self.saved, buffers.rows)
-    dx_BQD, found = sweep(functools.partial(self._layer, first), dx_BQD, *layers, reverse=True)
+    turn = self.decoder.layers.turn(jax.lax.dynamic_slice_in_dim(self.facts.positions_BS, first, Q, axis=1))
+    dx_BQD, found = sweep(functools.partial(self._layer, first, turn), dx_BQD, *layers, reverse=True)
     rows, dnorms = (each(lambda one, i=i: one[i], found) for i in (0, 1))
     buffers = _Buffers(_pin(put(buffers.rows, rows, first)), pinned(put(buffers.dx_BSD, dx_BQD, first), *ROWS))
     return buffers, jax.tree.map(jnp.add, scales, (dnorms, dfinal)), dx_BQD
 
-  def _layer(self, first, dy_BQD, weights, norms, transposed, cache, dcache, saved, rows):
+  def _layer(self, first, turn, dy_BQD, weights, norms, transposed, cache, dcache, saved, rows):
     """Transposes one layer of a call: (dx_BQD, (_Rows of its slots, cotangents of the norms))."""
     Q = dy_BQD.shape[1]
-    positions_BQ = jax.lax.dynamic_slice_in_dim(self.facts.positions_BS, first, Q, axis=1)
     x_BQD = cut(saved.x_BSD, first, Q)
     early = {name: cut(saved.outputs[name], first, Q) for name in ("query", "key", "value")}
     late = {name: cut(saved.outputs[name], first, Q) for name in ("out", "gate", "up")} | dict(down=x_BQD)
@@ -265,7 +266,7 @@ class _Calls:
       return lambda name, h: _replay(h, transposed[name], outputs[name])
 
     def project(norms, x, outputs):
-      return self.layer_of(weights | norms).project(x, positions_BQ, recorded(outputs))
+      return self.layer_of(weights | norms).project(x, turn, recorded(outputs))
 
     def complete(norms, x, mixed, outputs):
       return self.layer_of(weights | norms).complete(x, mixed, recorded(outputs))

@@ -290,11 +290,11 @@ def forward(spec: Spec, params, known_BSD, facts: Facts, state: State, past: lis
 
 def _call(decoder, layer_of, weights, caches, x_BQD, positions_BQ, segments_BA, start):
   """The decoder over cache slots start ... start + Q - 1: (hidden_BQD, layered caches with their keys and values)."""
-  mask = visible(segments_BA, start, x_BQD.shape[1])
+  mask, turn = visible(segments_BA, start, x_BQD.shape[1]), decoder.layers.turn(positions_BQ)
 
   def body(x, weights, cache):
     layer = layer_of(weights)
-    q, k, v = layer.project(x, positions_BQ)
+    q, k, v = layer.project(x, turn)
     new = Cache(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
     seen = put(cache, new, start)
     return constrain(layer.complete(x, mix(weigh(q, seen.k, mask), seen.v)), *ROWS), pinned(new, *CACHED)
