@@ -51,6 +51,10 @@ def test_a_topology_that_no_pod_has_is_told_in_one_line():
   assert done.returncode == 64 and "--topology" in done.stderr
 
 
+def test_hosts_of_gpus_are_joined_as_slices_are():
+  assert chips.islands("v5e:4x4", 3) == 3 and chips.islands("h100:2x8", 1) == 2
+
+
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is not None, reason="the GPU compiler is installed")
 def test_without_the_gpu_compiler_the_command_names_it():
   done = run("--config=configs/pod/v5e_1b.py", "--topology=h100:2x8")

@@ -30,6 +30,25 @@ def test_a_constraint_holds_on_the_mesh():
   assert split.sharding.shard_shape((4, 8)) == (2, 2) and ways == 2
 
 
+@pytest.mark.parametrize("others", [dict(), dict(fsdp=2), dict(sequence=4), dict(fsdp=2, tensor=2)])
+def test_sums_over_the_rows_of_each_copy_are_those_over_all_rows(others):
+  rows, scale = np.arange(32.0, dtype=np.float32).reshape(8, 4), np.float32(3)
+  seen = []
+
+  def function(rows, scale):
+    seen.append(rows.shape)
+    return dict(total=scale * sharding.constrain(rows, "batch", None).sum(axis=0), ways=sharding.ways("batch"))
+
+  with jax.set_mesh(make_mesh(MeshConfig(data=-1, **others))) as _:
+    mesh = jax.sharding.get_abstract_mesh()
+    found = jax.jit(sharding.each_copy(function))(rows, scale)
+  whole = len(others) > 1  # XLA's partitioner cannot do that
+  copies = mesh.shape["data"]
+  assert seen[-1] == ((8, 4) if whole else (8 // copies, 4))
+  np.testing.assert_array_equal(found["total"], 3 * rows.sum(axis=0))
+  assert found["ways"] == copies * others.get("fsdp", 1), "one for each copy, which sees only its own split"
+
+
 class Head:
   """Logits are the hidden states."""
 

@@ -63,7 +63,8 @@ def main(argv) -> None:
   if _CONFIG.value is None or not _TOPOLOGY.value:
     raise errors.UsageError("--config=configs/pod/NAME.py and --topology=v5e:16x16 are needed; see --help")
   chip, devices = chips.pod(_TOPOLOGY.value, _SLICES.value)
-  plan = pods.plan(_sketch(_CONFIG.value), chip, devices, _SLICES.value, _PARTS.value, decode)
+  groups = chips.islands(_TOPOLOGY.value, _SLICES.value)
+  plan = pods.plan(_sketch(_CONFIG.value), chip, devices, groups, _PARTS.value, decode)
   print(pods.show(plan, f"{_TOPOLOGY.value} x {_SLICES.value}"))
   if _JSON.value:
     pathlib.Path(_JSON.value).write_text(json.dumps(budgets.record(plan), indent=2) + "\n")
@@ -112,7 +113,8 @@ def _compiled(directory: pathlib.Path, name: str, entry: dict, decode) -> dict:
   values = runpy.run_path(str(directory / f"{file}.py"))["get_config"](recipe)
   slices = entry.get("slices", 1)
   chip, devices = chips.pod(entry["topology"], slices)
-  return budgets.record(pods.plan(_sketch(values), chip, devices, slices, entry["parts"], decode))
+  groups = chips.islands(entry["topology"], slices)
+  return budgets.record(pods.plan(_sketch(values), chip, devices, groups, entry["parts"], decode))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ The model names the axes of its parameters and of its activations; only `RULES` 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 RULES = dict(
   batch=("data", "fsdp"),
+  copies="data",
   streams="sequence",
   length="sequence",
   layers=None,
@@ -24,7 +26,8 @@ RULES = dict(
 """Logical axis name -> mesh axis or axes that split it; None keeps it whole. A mesh axis splits one dimension of an
 array at most: the first that asks for it and that it divides.
 
-batch: rows. streams, length: P and Q of a call of the decoder, T of a batch. The others are of parameters."""
+batch: rows. copies: rows that the devices of one copy of the parameters share. streams, length: P and Q of a call of
+the decoder, T of a batch. The others are of parameters."""
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
@@ -36,26 +39,51 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | Abst
   if len(axes) != len(shape):
     raise ValueError(f"axes {axes} do not name the {len(shape)} dimensions of shape {shape}")
   taken: set[str] = set()
-  parts = []
+  parts: list[str | tuple[str, ...] | None] = []
   for name, size in zip(axes, shape, strict=True):
     if name is not None and name not in RULES:
       raise ValueError(f"unknown logical axis {name!r}; known: {', '.join(RULES)}")
-    rule = RULES[name] if name is not None else None
-    wanted = (rule,) if isinstance(rule, str) else (rule or ())
+    wanted = () if name is None else _wanted(name, mesh)
     fits = size % math.prod(mesh.shape[axis] for axis in wanted) == 0
     if not wanted or taken.intersection(wanted) or not fits:
       parts.append(None)
       continue
     taken.update(wanted)
-    parts.append(rule)
+    parts.append(wanted if len(wanted) > 1 else wanted[0])
   return PartitionSpec(*parts)
+
+
+def _wanted(name: str, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+  """Mesh axes that split a logical axis: inside `each_copy`, where a row is of one copy, `data` is none of them."""
+  rule = RULES[name] or ()
+  return tuple(axis for axis in ((rule,) if isinstance(rule, str) else rule) if axis not in mesh.manual_axes)
 
 
 def ways(axis: str) -> int:
   """How many devices of the present mesh split a logical axis; 1 outside `jax.set_mesh`."""
-  mesh, rule = jax.sharding.get_abstract_mesh(), RULES[axis]
-  wanted = (rule,) if isinstance(rule, str) else (rule or ())
-  return 1 if mesh.empty else math.prod(mesh.shape[name] for name in wanted)
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else math.prod(mesh.shape[name] for name in _wanted(axis, mesh))
+
+
+def each_copy(function: Callable[..., Any]) -> Callable[..., Any]:
+  """The function of (rows, common): each copy of the parameters applies it to rows of its own, and the results add up.
+
+  The results must be sums over rows. Nothing but these crosses the mesh axis `data`, and once: left to itself the
+  compiler adds up what each use of a parameter contributes, in every trip of a loop. It is left to itself where more
+  than one other axis is split: its partitioner (of jax 0.10 and 0.12, and of libtpu 0.0.42) ends the process on a
+  lookup if the copies and two axes make three nested groups of devices.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  sizes = {} if mesh.empty else mesh.shape
+  others = [size for name, size in sizes.items() if name != "data" and size > 1]
+  if sizes.get("data", 1) == 1 or len(others) > 1:
+    return function
+
+  def own(rows, common):
+    return jax.lax.psum(function(rows, common), "data")
+
+  specs = (PartitionSpec("data"), PartitionSpec())
+  return jax.shard_map(own, in_specs=specs, out_specs=PartitionSpec(), axis_names={"data"}, check_vma=False)
 
 
 def constrain(values: Any, *axes: str | None) -> Any:

@@ -16,7 +16,7 @@ closer ones leave the chips waiting for memory. For the same reason latent split
 from thinking_lm import experiment, recipes
 
 THOUGHTS = dict(
-  latent={"thought.length": 4, "mesh.fsdp": 64, "mesh.tensor": 8, "train.accumulation": 8},
+  latent={"thought.length": 4, "mesh.fsdp": 64, "mesh.tensor": 8, "train.accumulation": 4},
   hybrid={"thought.length": 16, "thought.topology": "private", "thought.lookahead": 4},
 )
 

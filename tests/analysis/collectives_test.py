@@ -2,10 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from thinking_lm.analysis.collectives import Collective, crossed, read, travelled
+from thinking_lm.analysis.collectives import Collective, crossed, groups, read, travelled
 
 TPU = """HloModule jit_step, is_scheduled=true
 
@@ -82,6 +83,30 @@ def test_what_crosses_between_slices_is_counted_apart_and_unrolled_loops_run_les
   assert unknown == 0
   assert found == {"all-reduce between slices": Collective(1, 8, 8 * 32)}
   assert travelled(found) == 0 and crossed(found, slices=4) == 2 * 3 / 4 * 8 * 32
+
+
+@pytest.mark.parametrize(
+  ("written", "expected"),
+  [
+    ("all-reduce(%a), replica_groups={{0,1,2},{3,4,5}}, to_apply=%add", [[0, 1, 2], [3, 4, 5]]),
+    ("collective-permute(%a), source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+    ("all-reduce(%a), replica_groups=[2,4]<=[8], to_apply=%add", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ("all-reduce(%a), replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+    ("all-gather(%a), replica_groups=mesh['a'=2,'b'=2] {'a'}, dimensions={0}", [[0, 2], [1, 3]]),
+    ("all-gather(%a), replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", [[0, 1], [2, 3]]),
+    ("all-reduce(%a), replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", [[0, 1, 4, 5], [2, 3, 6, 7]]),
+  ],
+)
+def test_who_takes_part(written, expected):
+  assert groups(f"  %x = f32[4] {written}") == expected
+  slices = read(f"ENTRY %main (a: f32[2]) -> f32[4] {{\n  %x = f32[4] {written}\n}}", within=2)[0]
+  crosses = any(len({device // 2 for device in group}) > 1 for group in expected)
+  assert all(kind.endswith("between slices") is crosses for kind in slices) and len(slices) == 1
+
+
+def test_what_does_not_say_who_takes_part_is_an_error():
+  with pytest.raises(ValueError, match="no groups are known"):
+    groups("  %x = f32[4] all-reduce(%a), replica_groups={}, to_apply=%add")
 
 
 def test_a_compiled_loop_of_known_collectives():

@@ -109,10 +109,11 @@ def generate(built: Any, mesh: Mesh, sampling: Any, rows: int, prompt: int) -> P
   return Part(lower, dict(parameters=params, batch=prompts))
 
 
-def compiled(part: Part, mesh: Mesh, usable: float, levels: tuple[str, ...] = LEVELS) -> Compiled:
+def compiled(part: Part, mesh: Mesh, usable: float, within: int = 0, levels: tuple[str, ...] = LEVELS) -> Compiled:
   """Compiles at the first of the levels where the part fits into `usable` bytes, or at the last one.
 
-  The TPU compiler refuses what does not fit; the GPU compiler only says what it would need.
+  The TPU compiler refuses what does not fit; the GPU compiler only says what it would need. within: as of
+  `collectives.read`.
   """
   arguments = {name: device_bytes(tree) for name, tree in part.arguments.items()}
   given = sum(arguments.values())
@@ -130,7 +131,7 @@ def compiled(part: Part, mesh: Mesh, usable: float, levels: tuple[str, ...] = LE
     peak = getattr(memory, "peak_memory_in_bytes", 0) or given + memory.temp_size_in_bytes
     if peak > usable:
       continue
-    found, unknown = collectives.read(program.as_text())
+    found, unknown = collectives.read(program.as_text(), within)
     seconds = time.process_time() - start
     return Compiled(True, level, arguments, max(peak - given, 0), peak, found, unknown, seconds)
   return Compiled(False, level, arguments, max(peak - given, 0), peak, {}, 0, time.process_time() - start)

@@ -117,6 +117,12 @@ def pod(topology: str, slices: int = 1) -> tuple[Chip, list[jax.Device]]:
   return CHIPS[name], list(found.devices)
 
 
+def islands(topology: str, slices: int) -> int:
+  """How many groups of devices the data-centre network joins: slices; on GPUs, each host of them."""
+  name, _, shape = topology.partition(":")
+  return slices * int(shape.split("x")[0]) if name in GPU_TARGETS else slices
+
+
 def _tpus(name: str, shape: str, slices: int):
   options = dict(num_slices=slices) if slices > 1 else {}
   if name == "v4":  # as a run has them: both cores of a chip as one device

@@ -1,14 +1,17 @@
 """Collectives of a compiled program, read off its HLO text: how many, of what kind, how many bytes.
 
 XLA prints a loop's body once; here it counts as often as the loop runs. On TPU a gradient's reduce-scatter is a fusion
-that is named all-reduce-scatter, never an instruction of that kind. What crosses between slices is handed to the host,
-which the text shows as a receive that says what it is a part of; it counts as a kind of its own (`SLICES`).
+that is named all-reduce-scatter, never an instruction of that kind. What crosses between slices counts as a kind of its
+own (`SLICES`): on TPU it is handed to the host, which the text shows as a receive that says what it is a part of;
+elsewhere it is a collective whose groups say so.
 """
 
 import collections
 import math
 import re
 from typing import NamedTuple
+
+import numpy as np
 
 WIDTHS = dict(pred=1, s8=1, u8=1, s16=2, u16=2, f16=2, bf16=2, s32=4, u32=4, f32=4, s64=8, u64=8, f64=8)
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
@@ -26,6 +29,13 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _LIMIT = re.compile(r" = [su]32\[\]\S* constant\((\d+)\)")
 _HOST = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _KNOWN = re.compile(r'known_trip_count"?:\{"n":"(\d+)"')
+
+# The ways to write who takes part: a list of groups, or of pairs; a grid of ids; some axes of a mesh of ids.
+_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}")
+_GRID = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(
+  r"replica_groups=mesh\[([^\]]+)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{('\w+'(?:, ?'\w+')*)\}"
+)
 
 
 class Collective(NamedTuple):
@@ -48,10 +58,37 @@ def sizes(text: str) -> list[int]:
   ]
 
 
-def read(text: str) -> tuple[dict[str, Collective], int]:
+def groups(line: str) -> list[list[int]]:
+  """Who takes part in the collective of a line of HLO text: positions in the mesh, of each group or pair."""
+  if found := _LISTED.search(line):
+    return [_numbers(group) for group in re.findall(r"\{([\d, ]*)\}", found[1])]
+  if found := _GRID.search(line):
+    return _grid(found[2], found[3]).reshape(_numbers(found[1])).tolist()
+  if found := _MESH.search(line):
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+    over = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", found[4])]
+    ids = _grid(found[2], found[3]) if found[2] else np.arange(math.prod(sizes.values()))
+    last = np.moveaxis(ids.reshape(*sizes.values()), over, range(-len(over), 0))
+    return last.reshape(-1, math.prod(last.shape[-len(over) :])).tolist()
+  raise ValueError(f"no groups are known in {line.strip()!r}")
+
+
+def _numbers(text: str) -> list[int]:
+  return [int(number) for number in text.split(",") if number.strip()]
+
+
+def _grid(shape: str, order: str | None) -> np.ndarray:
+  ids = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
+  return ids.transpose(_numbers(order)) if order else ids
+
+
+def read(text: str, within: int = 0) -> tuple[dict[str, Collective], int]:
   """(kind -> Collective, number of loops whose trips are not known and count as one).
 
   A `while_loop` that runs until something happens (decoding) has no known trips: its collectives are those of a step.
+
+  within: devices that stand together in the mesh and form a slice (on GPUs a host), to know by its groups what crosses
+  between these; 0: the program says so itself, or there is one slice.
   """
   bodies, entry = _computations(text)
   found: dict[str, list[int]] = {}
@@ -73,6 +110,8 @@ def read(text: str) -> tuple[dict[str, Collective], int]:
       if kind in KINDS and not op.endswith("-done"):
         operands = line[match.end() :].split(")")[0]
         whole = sum(sizes(operands)) if kind == "reduce-scatter" else _whole(shape, op)
+        if within and any(len({device // within for device in group}) > 1 for group in groups(line)):
+          kind += SLICES
         _count(found.setdefault(kind, [0, 0, 0]), times, whole)
         continue
       crossing = _HOST.search(line) if op == "recv" else None

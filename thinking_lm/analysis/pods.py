@@ -46,7 +46,11 @@ class Plan:
 
 
 def plan(built: Any, chip: Chip, devices: Sequence, slices: int, parts: Sequence[str], decode: Decode) -> Plan:
-  """Compiles parts of an Experiment for the devices of a pod. Raises ConfigError for a mesh that does not fit them."""
+  """Compiles parts of an Experiment for the devices of a pod, `slices` groups that the data-centre network joins.
+
+  Raises:
+    ConfigError: a mesh that does not fit the devices.
+  """
   c, T, V = built.config, built.data.sequence_length, built.data.vocabulary.size
   mesh = make_mesh(c.mesh, devices)
   rows = decode.rows or mesh.shape["data"] * mesh.shape["fsdp"]
@@ -55,7 +59,9 @@ def plan(built: Any, chip: Chip, devices: Sequence, slices: int, parts: Sequence
     generate=lambda: ahead.generate(built, mesh, Sampling(decode.tokens), rows, decode.prompt),
     evaluate=lambda: ahead.evaluate(built, mesh),
   )
-  found = {name: ahead.compiled(make[name](), mesh, chip.usable) for name in parts}
+  named = slices == 1 or devices[0].platform == "tpu"  # else the groups of a collective say what crosses
+  within = 0 if named else mesh.size // slices
+  found = {name: ahead.compiled(make[name](), mesh, chip.usable, within) for name in parts}
   parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(built.model.shapes))
   guess = None
   if "train" in found and found["train"].fits:
@@ -109,7 +115,7 @@ def advice(plan: Plan, search: bool, sketch: Callable[[Any], Any], devices: Sequ
   for words, config in alternatives(plan.config, plan.devices):
     built = sketch(config)
     mesh = make_mesh(config.mesh, devices)
-    found = ahead.compiled(ahead.train(built, mesh), mesh, plan.chip.usable, ahead.LEVELS[:1])
+    found = ahead.compiled(ahead.train(built, mesh), mesh, plan.chip.usable, levels=ahead.LEVELS[:1])
     if found.fits:
       return f"{lacks}; {words} does, with {found.peak / GIB:.1f} GiB"
   return (

@@ -248,6 +248,16 @@ class Decoder(nnx.Module):
     """Embeddings [..., D] of ids [...]; of unit mean square at initialisation, like the final norm's output."""
     return self._scale(self.embedding[...].at[tokens].get(mode="clip"))
 
+  def embed_batch(self, tokens_BX):
+    """The same of the rows of a batch, outside loops: devices look up their part of D for all rows of their copy.
+
+    Then these change places. Left to itself the compiler moves the table, and between copies too.
+    """
+    rest = (None,) * (tokens_BX.ndim - 2)
+    tokens_BX = constrain(tokens_BX, "copies", "length", *rest)
+    found_BXD = constrain(self.embed(tokens_BX), "copies", "length", *rest, "embed")
+    return constrain(found_BXD, "batch", "length", *rest, None)
+
   def mix(self, weights):
     """Weighted mean of embeddings [..., D]; weights [..., rows] over the rows of the table."""
     return self._scale(matmul(weights, self.embedding[...]))

@@ -42,8 +42,9 @@ def stream_iterated(decoder, config, stream: topology.Stream, layout, known_BSD,
 
     return one
 
-  empty = jnp.full((B, N, config.length), decoder.pause)
-  first = Thoughts(decoder.embed(empty), jnp.full_like(empty, -1))
+  shape = (B, N, config.length)
+  pauses = jnp.broadcast_to(decoder.embed(decoder.pause), (*shape, decoder.config.width))
+  first = Thoughts(pauses, jnp.full(shape, -1))
   through = config.through or config.iterations
   carry = (first, first, jnp.zeros_like(known_BSD))
   if config.iterations > through:

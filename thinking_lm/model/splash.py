@@ -80,9 +80,11 @@ def _specs(q_BKPQRE, keys):
 
 def _everywhere(function, given, made):
   """The function on every device's own part: the compiler cannot split a kernel."""
-  if jax.sharding.get_abstract_mesh().empty:
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
     return function
-  return jax.shard_map(function, in_specs=given, out_specs=made, check_vma=False)
+  rest = set(mesh.axis_names) - set(mesh.manual_axes)  # inside `sharding.each_copy` a copy is on its own already
+  return jax.shard_map(function, in_specs=given, out_specs=made, axis_names=rest, check_vma=False)
 
 
 def _heads(a_BKPQRX):

@@ -51,8 +51,8 @@ def take(values_BT, index_BX, fill):
 
 def scatter(shape, fill, index_BX, values_BX):
   """An array of `shape` [B, S] that is `fill` but for values_BX at index_BX; indices out of range are dropped."""
-  rows = jnp.arange(shape[0])[:, None]
-  return jnp.full(shape, fill, jnp.int32).at[rows, index_BX].set(values_BX, mode="drop")
+  put = jax.vmap(lambda row_S, index_X, values_X: row_S.at[index_X].set(values_X, mode="drop"))
+  return put(jnp.full(shape, fill, jnp.int32), index_BX, values_BX)
 
 
 def persistent(batch: Batch, layout: Layout, J: int, rotary: str) -> Stream:

@@ -10,6 +10,7 @@ import optax
 
 from thinking_lm import types
 from thinking_lm.metrics import Mean
+from thinking_lm.sharding import each_copy
 from thinking_lm.training.state import Skips, TrainState
 
 LossFn = Callable[[types.Params, types.Batch, jax.Array, types.Carried], tuple[jax.Array, dict[str, Mean]]]
@@ -76,22 +77,22 @@ def gradients(
   derives its randomness from `batch.ids_B`. What was drawn is cut like the rows.
   """
 
-  def part(rows):
-    batch, drawn = rows
+  def part(rows, common):
+    (batch, drawn), (params, key, carried) = rows, common
     (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key, carried.replace(drawn=drawn))
     return grads, metrics
 
-  if accumulation == 1:
-    grads, metrics = part((batch, carried.drawn))
-  else:
-    rows = _split((batch, carried.drawn), accumulation)
-    shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], rows))
+  def parts(rows, common):
+    if accumulation == 1:
+      return part(rows, common)
+    cut = _split(rows, accumulation)
+    shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], cut), common)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    add = lambda total, rows: (jax.tree.map(jnp.add, total, part(rows, common)), None)
+    return jax.lax.scan(add, zeros, cut)[0]
 
-    def add(total, rows):
-      return jax.tree.map(jnp.add, total, part(rows)), None
-
-    (grads, metrics), _ = jax.lax.scan(add, zeros, rows)
+  common = (params, key, carried.replace(drawn=None))
+  grads, metrics = each_copy(parts)((batch, carried.drawn), common)
   count = jnp.maximum(metrics["loss"].count, 1.0)
   return jax.tree.map(lambda g: g / count, grads), metrics
 
