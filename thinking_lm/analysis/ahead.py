@@ -109,7 +109,7 @@ def generate(built: Any, mesh: Mesh, sampling: Any, rows: int, prompt: int) -> P
   return Part(lower, dict(parameters=params, batch=prompts))
 
 
-def compiled(part: Part, mesh: Mesh, usable: float, within: int = 0, levels: tuple[str, ...] = LEVELS) -> Compiled:
+def compiled(part: Part, mesh: Mesh, usable: float, levels: tuple[str, ...] = LEVELS, within: int = 0) -> Compiled:
   """Compiles at the first of the levels where the part fits into `usable` bytes, or at the last one.
 
   The TPU compiler refuses what does not fit; the GPU compiler only says what it would need. within: as of

@@ -61,7 +61,7 @@ def plan(built: Any, chip: Chip, devices: Sequence, slices: int, parts: Sequence
   )
   named = slices == 1 or devices[0].platform == "tpu"  # else the groups of a collective say what crosses
   within = 0 if named else mesh.size // slices
-  found = {name: ahead.compiled(make[name](), mesh, chip.usable, within) for name in parts}
+  found = {name: ahead.compiled(make[name](), mesh, chip.usable, within=within) for name in parts}
   parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(built.model.shapes))
   guess = None
   if "train" in found and found["train"].fits:
@@ -115,7 +115,7 @@ def advice(plan: Plan, search: bool, sketch: Callable[[Any], Any], devices: Sequ
   for words, config in alternatives(plan.config, plan.devices):
     built = sketch(config)
     mesh = make_mesh(config.mesh, devices)
-    found = ahead.compiled(ahead.train(built, mesh), mesh, plan.chip.usable, levels=ahead.LEVELS[:1])
+    found = ahead.compiled(ahead.train(built, mesh), mesh, plan.chip.usable, ahead.LEVELS[:1])
     if found.fits:
       return f"{lacks}; {words} does, with {found.peak / GIB:.1f} GiB"
   return (
