@@ -16,7 +16,7 @@ from thinking_lm import experiment, recipes
 
 THOUGHTS = dict(
   latent={"thought.length": 4, "mesh.fsdp": 128, "mesh.tensor": 8, "train.accumulation": 8},
-  hybrid={"thought.length": 16, "thought.topology": "private", "thought.lookahead": 4},
+  hybrid={"thought.length": 16, "thought.topology": "private", "thought.lookahead": 4, "train.accumulation": 2},
 )
 
 

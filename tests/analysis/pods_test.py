@@ -131,7 +131,9 @@ def test_the_search_says_what_fits_and_changes_the_batch_last():
     "model.remat=full train.accumulation=4",
     "model.remat=full train.accumulation=8",
   ]
-  assert said[4].endswith("mesh.data=1 mesh.fsdp=4") and said[-1].endswith("train.batch_size=4")
+  assert said[4] == "model.remat=full mesh.data=1 mesh.fsdp=4"
+  assert said[5] == "model.remat=full mesh.fsdp=1 mesh.tensor=4 train.accumulation=16"
+  assert said[6].endswith("train.batch_size=16") and said[-1].endswith("train.batch_size=4")
   for _, other in pods.alternatives(config, 8):
     assert other.model == dataclasses.replace(config.model, remat="full")
 

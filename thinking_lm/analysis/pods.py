@@ -129,9 +129,10 @@ def change(config: Any, section: str, **options: Any) -> Any:
 
 
 def alternatives(config: Any, devices: int) -> Iterator[tuple[str, Any]]:
-  """(how to say it, config) of what may fit, what costs least first: remat, micro-batches, more fsdp, fewer rows.
+  """(how to say it, config) of what may fit, what costs least first.
 
-  Each keeps the ones before it; the batch is the last thing to change, because it changes what is learned.
+  That is remat, micro-batches, fsdp instead of data, tensor instead of fsdp, fewer rows. Each keeps remat and the
+  micro-batches of those before it; the batch is the last thing to change, because it changes what is learned.
   """
   words = []
   if config.model.remat != "full":
@@ -145,6 +146,12 @@ def alternatives(config: Any, devices: int) -> Iterator[tuple[str, Any]]:
   if config.mesh.data > 1 and config.mesh.fsdp > 0:
     wide = change(change(config, "mesh", data=1, fsdp=split), "train", accumulation=1)
     yield " ".join([*words, f"mesh.data=1 mesh.fsdp={split}"]), wide
+  heads, narrow = config.model.resolved_kv_heads, config
+  while narrow.mesh.fsdp % 2 == 0 and heads % (2 * narrow.mesh.tensor) == 0:
+    narrow = change(narrow, "mesh", fsdp=narrow.mesh.fsdp // 2, tensor=narrow.mesh.tensor * 2)
+    narrow = change(narrow, "train", accumulation=narrow.train.accumulation * 2)
+    mesh = f"mesh.fsdp={narrow.mesh.fsdp} mesh.tensor={narrow.mesh.tensor}"
+    yield " ".join([*words, mesh, f"train.accumulation={narrow.train.accumulation}"]), narrow
   while not _faults(less := change(config, "train", batch_size=config.train.batch_size // 2, accumulation=1), devices):
     config = less
     yield " ".join([*words, f"train.batch_size={config.train.batch_size}"]), config
