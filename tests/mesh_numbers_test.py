@@ -27,21 +27,23 @@ SMALL = {
 PRIVATE = {"thought.topology": "private", "thought.lookahead": 2}
 CHUNKED = {"model.attention": "chunked", "model.attention_chunk": 3}
 BOTH = dict(data=2, fsdp=2, tensor=2)
+COPIES = dict(data=4, fsdp=2)
 CASES = {
   "pause along the sequence": ("pause", {}, dict(data=2, sequence=4)),
   "private jepo along its streams": ("jepo", PRIVATE, dict(data=2, sequence=4)),
   "private jepo by chunks of keys": ("jepo", PRIVATE | CHUNKED, dict(data=2, sequence=2, tensor=2)),
-  "soft": ("soft", {}, BOTH),
+  "soft": ("soft", {}, COPIES),
   "sampled, drawn and scored": ("nll_only", {}, BOTH),
   "latent, one after another": ("latent", {"thought.length": 2}, BOTH),
+  "latent, one after another, in copies": ("latent", {"thought.length": 2}, COPIES),
   "latent, in parallel passes": ("ponder_lm2", {}, dict(fsdp=4, tensor=2)),
   "private gumbel": ("gumbel", PRIVATE, dict(data=2, fsdp=4)),
-  "noisy, paid": ("hybrid", {"thought.kind": "noisy", "thought.samples": 2}, BOTH),
+  "noisy, paid": ("hybrid", {"thought.kind": "noisy", "thought.samples": 2}, COPIES),
   "hybrid with STOP": ("hybrid", {"thought.halting": "stop", "thought.length": 2, "objective.price": 0.1}, BOTH),
-  "ends that a head learns": ("catch_your_breath", {}, BOTH),
-  "a spoken distribution": ("verbalised", {"thought.samples": 2}, BOTH),
+  "ends that a head learns": ("catch_your_breath", {}, COPIES),
+  "a spoken distribution": ("verbalised", {"thought.samples": 2}, dict(data=2, tensor=4)),
   "mixed predictions": ("quiet_star", {"thought.length": 2}, BOTH),
-  "a value baseline": ("hybrid", {"objective.advantage": "value", "thought.samples": 1}, BOTH),
+  "a value baseline": ("hybrid", {"objective.advantage": "value", "thought.samples": 1}, COPIES),
 }
 SLOW = (
   "private jepo along its streams",

@@ -11,6 +11,7 @@ import pytest
 
 from thinking_lm import experiment, recipes
 from thinking_lm.analysis import ahead, budgets, chips, collectives, pods
+from thinking_lm.errors import ConfigError
 from thinking_lm.training import loop
 from thinking_lm.training.mesh import make_mesh
 
@@ -85,6 +86,11 @@ def test_more_work_is_a_slower_step(plan):
   e = plan.estimate
   assert e.fast == max(e[:4]) and e.slow == pytest.approx(sum(e[:4]))
   assert 0 < e.mfu_real < e.mfu_thinking < 1
+
+
+def test_rows_that_the_mesh_does_not_divide_are_told_before_compiling():
+  with pytest.raises(ConfigError, match=r"train.batch_size 12 is not a multiple"):
+    planned(sketch(**{"train.batch_size": 12, "train.accumulation": 2}), ["train"])
 
 
 def refusal(needed):

@@ -16,6 +16,8 @@ from thinking_lm import experiment
 from thinking_lm.errors import ConfigError
 from thinking_lm.model.need import needed
 from thinking_lm.objectives.carry import init
+from thinking_lm.training import loop
+from thinking_lm.training.mesh import MeshConfig, global_batch, make_mesh
 from thinking_lm.types import Carried
 
 
@@ -55,6 +57,21 @@ def test_a_step_of_training_thinks_there(frozen):
   carried = Carried(extra=init(subject.config.objective, params))
   _, metrics = jax.jit(subject.loss_fn)(params, rows, KEY, carried)
   assert float(metrics["thoughts"].total) == (need_BT > above).sum()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_copies_of_a_model_on_several_devices_think_there(frozen, accumulation):
+  workdir, _, _, rows, need_BT, above = frozen
+  subject, _ = asking(workdir, above)
+  subject = subject.with_sections(train=dataclasses.replace(subject.config.train, accumulation=accumulation))
+  few = jax.tree.map(lambda a: a[:8], rows)
+  mesh = make_mesh(MeshConfig(data=8 // accumulation, tensor=accumulation))
+  with jax.set_mesh(mesh):
+    made = loop.program(subject.run(mesh), mesh)
+    state = jax.jit(made.init, out_shardings=made.shardings)(KEY)
+    _, metrics = made.step(state, global_batch(mesh, few), KEY)
+  assert float(metrics["thoughts"].total) == (need_BT[:8] > above).sum()
+  assert float(metrics["real_tokens"]) == (few.segments_BT > 0).sum(), "in total, not on average over parts"
 
 
 def test_a_proxy_must_be_there_and_read_the_same_tokens(frozen, tmp_path):

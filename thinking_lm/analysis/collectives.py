@@ -59,7 +59,11 @@ def sizes(text: str) -> list[int]:
 
 
 def groups(line: str) -> list[list[int]]:
-  """Who takes part in the collective of a line of HLO text: positions in the mesh, of each group or pair."""
+  """Who takes part in the collective of a line of HLO text: positions in the mesh, of each group or pair.
+
+  Raises:
+    ValueError: it is written in none of the known ways (`{}`, all devices, is not one: XLA names them).
+  """
   if found := _LISTED.search(line):
     return [_numbers(group) for group in re.findall(r"\{([\d, ]*)\}", found[1])]
   if found := _GRID.search(line):

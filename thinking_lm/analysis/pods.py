@@ -12,6 +12,7 @@ from thinking_lm.analysis.chips import GIB, Chip
 from thinking_lm.analysis.flops import Ledger
 from thinking_lm.analysis.traffic import Traffic, training_traffic
 from thinking_lm.analysis.training import training_ledger
+from thinking_lm.errors import ConfigError
 from thinking_lm.model.generate import Sampling
 from thinking_lm.training.mesh import device_faults, make_mesh
 
@@ -49,10 +50,12 @@ def plan(built: Any, chip: Chip, devices: Sequence, slices: int, parts: Sequence
   """Compiles parts of an Experiment for the devices of a pod, `slices` groups that the data-centre network joins.
 
   Raises:
-    ConfigError: a mesh that does not fit the devices.
+    ConfigError: a mesh that does not fit the devices, or rows that it does not divide.
   """
   c, T, V = built.config, built.data.sequence_length, built.data.vocabulary.size
   mesh = make_mesh(c.mesh, devices)
+  if faults := _faults(c, mesh.size):
+    raise ConfigError(faults)
   rows = decode.rows or mesh.shape["data"] * mesh.shape["fsdp"]
   make = dict(
     train=lambda: ahead.train(built, mesh),

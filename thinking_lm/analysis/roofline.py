@@ -16,7 +16,7 @@ ASSUMPTIONS = (
   "matrix products run at the chip's peak, bf16 in and float32 accumulated",
   "memory moves what analysis/traffic.py counts: attention scores and logits are written out and read again",
   "collectives use all links of a chip at once and nothing else delays them; loops count as often as they run",
-  "between slices travels what the compiled program receives from the host, on a ring of slices",
+  "between slices (of GPUs: hosts) travels what the compiled program sends there, on a ring",
   "fast: compute, memory and network overlap fully, the step takes the longest; slow: they follow one another",
 )
 

@@ -248,8 +248,12 @@ class Decoder(nnx.Module):
     """Embeddings [..., D] of ids [...]; of unit mean square at initialisation, like the final norm's output."""
     return self._scale(self.embedding[...].at[tokens].get(mode="clip"))
 
+  def embed_row(self, row: int, *shape: int):
+    """The embedding of one id, everywhere: [*shape, D]. Repeated before the cast, so that gradients add in float32."""
+    return self._scale(jnp.broadcast_to(self.embedding[row], (*shape, self.config.width)))
+
   def embed_batch(self, tokens_BX):
-    """The same of the rows of a batch, outside loops: devices look up their part of D for all rows of their copy.
+    """`embed` of a batch's rows, outside loops over slots: devices look up their part of D for all rows of their copy.
 
     Then these change places. Left to itself the compiler moves the table, and between copies too.
     """

@@ -43,8 +43,7 @@ def stream_iterated(decoder, config, stream: topology.Stream, layout, known_BSD,
     return one
 
   shape = (B, N, config.length)
-  pauses = jnp.broadcast_to(decoder.embed(decoder.pause), (*shape, decoder.config.width))
-  first = Thoughts(pauses, jnp.full(shape, -1))
+  first = Thoughts(decoder.embed_row(decoder.pause, *shape), jnp.full(shape, -1))
   through = config.through or config.iterations
   carry = (first, first, jnp.zeros_like(known_BSD))
   if config.iterations > through:

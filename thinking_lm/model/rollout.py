@@ -85,8 +85,8 @@ def actions(decoder, config, drawn: Thoughts) -> Thoughts:
 def _wrap(decoder, config, thoughts):
   """Think slots of thoughts [..., J, D] from their think tokens [..., n, D]: START and STOP around them, if wanted."""
   edge = thoughts.inputs_BGNJD.shape[:-2]
-  row = lambda token, slots: jnp.broadcast_to(decoder.embed(token), (*edge, slots, decoder.config.width))
-  start, stop = row(decoder.start, config.opening), row(decoder.stop, config.closing)
+  start = decoder.embed_row(decoder.start, *edge, config.opening)
+  stop = decoder.embed_row(decoder.stop, *edge, config.closing)
   slots_XJD = jnp.concatenate([start, thoughts.inputs_BGNJD, stop], axis=-2)
   if not config.may_stop or config.report:  # a report ends behind its STOP
     return slots_XJD

@@ -45,7 +45,7 @@ def think(
     make = lambda hidden, keys, i, progress, memory: (*emit(decoder, config, hidden, keys, i, progress), memory)
 
   def control(row, j, cache):
-    return run(jnp.broadcast_to(decoder.embed(row), hidden_BPD.shape), j, cache)
+    return run(decoder.embed_row(row, *hidden_BPD.shape[:2]), j, cache)
 
   def step(carry, i):
     hidden, cache, progress = carry

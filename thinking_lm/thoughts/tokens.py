@@ -33,7 +33,7 @@ def pause(model, hidden_XD, keys_X, config):
   """One learned embedding, whatever came before (Goyal et al. 2023, arXiv:2310.02226)."""
   del keys_X, config
   shape = hidden_XD.shape[:-1]
-  return jnp.broadcast_to(model.embed(model.pause), hidden_XD.shape), jnp.full(shape, -1)
+  return model.embed_row(model.pause, *shape), jnp.full(shape, -1)
 
 
 def latent(model, hidden_XD, keys_X, config):

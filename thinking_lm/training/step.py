@@ -19,6 +19,12 @@ LossFn = Callable[[types.Params, types.Batch, jax.Array, types.Carried], tuple[j
 DrawFn = Callable[[types.Params, types.Batch, jax.Array, types.Carried], Any]
 """(params, batch, key, carried) -> what `Carried.drawn` says in every update of a step, drawn once before the first."""
 
+PrepareFn = Callable[[types.Batch], types.Batch]
+"""batch -> what is to be known of its rows that no parameter of the run changes, before the first update of a step."""
+
+TOKENS = ("real_tokens", "think_tokens")
+"""Metrics whose totals over all rows are meant, not means."""
+
 CarryFn = Callable[[dict[str, Any], types.Params, dict[str, Mean], jax.Array], dict[str, Any]]
 """(extra, new parameters, metrics, step) -> the extra of the next step. The metrics are sums over the global batch."""
 
@@ -47,12 +53,11 @@ def _split(batch: Any, parts: int) -> Any:
   return jax.tree.map(split, batch)
 
 
-def _draw(draw_fn: DrawFn, params: types.Params, batch: types.Batch, key, accumulation: int, carried: types.Carried):
-  """What `draw_fn` draws for all rows, micro-batch by micro-batch."""
-  draw = lambda rows: jax.lax.stop_gradient(draw_fn(params, rows, key, carried))
+def _by_parts(function: Callable[[types.Batch], Any], batch: types.Batch, accumulation: int) -> Any:
+  """The function of all rows, micro-batch by micro-batch, without gradients."""
   if accumulation == 1:
-    return draw(batch)
-  parts = jax.lax.map(draw, _split(batch, accumulation))
+    return jax.lax.stop_gradient(function(batch))
+  parts = jax.lax.map(lambda rows: jax.lax.stop_gradient(function(rows)), _split(batch, accumulation))
   return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), parts)
 
 
@@ -93,6 +98,7 @@ def gradients(
 
   common = (params, key, carried.replace(drawn=None))
   grads, metrics = each_copy(parts)((batch, carried.drawn), common)
+  metrics |= {name: Mean(metrics[name].total, jnp.ones(())) for name in TOKENS if name in metrics}
   count = jnp.maximum(metrics["loss"].count, 1.0)
   return jax.tree.map(lambda g: g / count, grads), metrics
 
@@ -138,6 +144,7 @@ def make_train_step(
   config: StepConfig,
   carry_update: CarryFn = unchanged,
   draw_fn: DrawFn | None = None,
+  prepare_fn: PrepareFn | None = None,
 ) -> StepFn:
   """(state, batch, key) -> (state, metrics).
 
@@ -154,6 +161,8 @@ def make_train_step(
   def train_step(state: TrainState, batch: types.Batch, key: jax.Array):
     key = jax.random.fold_in(key, state.step)
     rate = jnp.asarray(schedule(state.step), jnp.float32)
+    if prepare_fn:
+      batch = _by_parts(prepare_fn, batch, config.accumulation)
 
     def update(state, drawn):
       return _update(loss_fn, optimizer, carry_update, config, rate, state, batch, key, drawn)
@@ -162,7 +171,8 @@ def make_train_step(
       state, metrics = update(state, None)
     else:
       carried = types.Carried(step=state.step, extra=state.extra)
-      drawn = _draw(draw_fn, state.params, batch, key, config.accumulation, carried) if draw_fn else None
+      draw = lambda rows: draw_fn(state.params, rows, key, carried)
+      drawn = _by_parts(draw, batch, config.accumulation) if draw_fn else None
       state, metrics = jax.lax.scan(lambda state, _: update(state, drawn), state, length=config.updates)
       last = jax.tree.map(lambda x: x[-1], metrics["skips_in_a_row"])
       metrics = {**jax.tree.map(lambda x: x.mean(axis=0), metrics), "skips_in_a_row": last}
