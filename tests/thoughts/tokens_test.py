@@ -109,6 +109,7 @@ def test_claims_of_a_kind(name):
       feedback=lambda h: h,
       pause=6,
       embed=lambda t: jax.nn.one_hot(t, 8),
+      embed_row=lambda row, *shape: jnp.broadcast_to(jax.nn.one_hot(row, 8), (*shape, 8)),
     )
   )
   config = ThoughtConfig(kind=name, length=1)
