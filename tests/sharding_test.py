@@ -39,8 +39,8 @@ def test_sums_over_the_rows_of_each_copy_are_those_over_all_rows(others):
     seen.append(rows.shape)
     return dict(total=scale * sharding.constrain(rows, "batch", None).sum(axis=0), ways=sharding.ways("batch"))
 
-  with jax.set_mesh(make_mesh(MeshConfig(data=-1, **others))) as _:
-    mesh = jax.sharding.get_abstract_mesh()
+  mesh = make_mesh(MeshConfig(data=-1, **others))
+  with jax.set_mesh(mesh):
     found = jax.jit(sharding.each_copy(function))(rows, scale)
   whole = len(others) > 1  # XLA's partitioner cannot do that
   copies = mesh.shape["data"]

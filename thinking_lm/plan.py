@@ -62,8 +62,7 @@ def main(argv) -> None:
     sys.exit(_check(pathlib.Path(_BUDGETS.value), decode))
   if _CONFIG.value is None or not _TOPOLOGY.value:
     raise errors.UsageError("--config=configs/pod/NAME.py and --topology=v5e:16x16 are needed; see --help")
-  chip, devices = chips.pod(_TOPOLOGY.value, _SLICES.value)
-  groups = chips.islands(_TOPOLOGY.value, _SLICES.value)
+  chip, devices, groups = chips.pod(_TOPOLOGY.value, _SLICES.value)
   plan = pods.plan(_sketch(_CONFIG.value), chip, devices, groups, _PARTS.value, decode)
   print(pods.show(plan, f"{_TOPOLOGY.value} x {_SLICES.value}"))
   if _JSON.value:
@@ -111,9 +110,7 @@ def _compiled(directory: pathlib.Path, name: str, entry: dict, decode) -> dict:
 
   file, _, recipe = name.partition(":")
   values = runpy.run_path(str(directory / f"{file}.py"))["get_config"](recipe)
-  slices = entry.get("slices", 1)
-  chip, devices = chips.pod(entry["topology"], slices)
-  groups = chips.islands(entry["topology"], slices)
+  chip, devices, groups = chips.pod(entry["topology"], entry.get("slices", 1))
   return budgets.record(pods.plan(_sketch(values), chip, devices, groups, entry["parts"], decode))
 
 

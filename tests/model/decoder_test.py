@@ -21,6 +21,19 @@ from thinking_lm.thoughts.spec import ThoughtConfig
 jit = functools.partial(jax.jit)
 
 
+def test_the_gradient_of_a_row_that_stands_everywhere_adds_up_in_float32():
+  model = problem.model(dataclasses.replace(TIED, compute_dtype="bfloat16"))
+
+  def total(params):
+    decoder = model.bind(params)
+    return decoder.embed_row(decoder.pause, 3, 1000).sum(dtype=jnp.float32)
+
+  found = jax.grad(total)(problem.params(TIED))["embedding"]
+  expected = np.zeros(found.shape)
+  expected[model.bind(problem.params(TIED)).pause] = 3000 * TIED.width**0.5  # in bfloat16, ones stop adding up at 256
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("topology", ["persistent", "private"])
 @pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
 def test_thoughts_of_length_0_are_the_plain_decoder_bit_for_bit(config, topology):

@@ -92,8 +92,8 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 )
 
 
-def pod(topology: str, slices: int = 1) -> tuple[Chip, list[jax.Device]]:
-  """(The chip, the devices) of a pod on a machine that has none of them.
+def pod(topology: str, slices: int = 1) -> tuple[Chip, list[jax.Device], int]:
+  """(The chip, the devices, `islands`) of a pod on a machine that has none of them.
 
   Args:
     topology: `NAME:AxB[xC]` chips of a TPU slice, such as v5e:16x16, or h100:HOSTSxGPUS.
@@ -114,7 +114,7 @@ def pod(topology: str, slices: int = 1) -> tuple[Chip, list[jax.Device]]:
   except Exception as error:  # JaxRuntimeError or RuntimeError, of the compiler or for the lack of it
     reason = " ".join(str(error).split())[:300]
     raise ConfigError(f"topology {topology!r} with {slices} slices cannot be had: {reason}; {_needs(name)}") from error
-  return CHIPS[name], list(found.devices)
+  return CHIPS[name], list(found.devices), islands(topology, slices)
 
 
 def islands(topology: str, slices: int) -> int:

@@ -126,9 +126,12 @@ def advice(plan: Plan, search: bool, sketch: Callable[[Any], Any], devices: Sequ
   )
 
 
-def change(config: Any, section: str, **options: Any) -> Any:
-  """The config with other options in one of its sections."""
-  return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **options)})
+def _mesh(config: Any, **options: int) -> Any:
+  return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **options))
+
+
+def _train(config: Any, **options: int) -> Any:
+  return dataclasses.replace(config, train=dataclasses.replace(config.train, **options))
 
 
 def alternatives(config: Any, devices: int) -> Iterator[tuple[str, Any]]:
@@ -139,23 +142,23 @@ def alternatives(config: Any, devices: int) -> Iterator[tuple[str, Any]]:
   """
   words = []
   if config.model.remat != "full":
-    config = change(config, "model", remat="full")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"))
     words.append("model.remat=full")
     yield words[-1], config
-  while not _faults(more := change(config, "train", accumulation=config.train.accumulation * 2), devices):
+  while not _faults(more := _train(config, accumulation=config.train.accumulation * 2), devices):
     config = more
     yield " ".join([*words, f"train.accumulation={config.train.accumulation}"]), config
   split = config.mesh.data * config.mesh.fsdp
   if config.mesh.data > 1 and config.mesh.fsdp > 0:
-    wide = change(change(config, "mesh", data=1, fsdp=split), "train", accumulation=1)
+    wide = _train(_mesh(config, data=1, fsdp=split), accumulation=1)
     yield " ".join([*words, f"mesh.data=1 mesh.fsdp={split}"]), wide
   heads, narrow = config.model.resolved_kv_heads, config
-  while narrow.mesh.fsdp % 2 == 0 and heads % (2 * narrow.mesh.tensor) == 0:
-    narrow = change(narrow, "mesh", fsdp=narrow.mesh.fsdp // 2, tensor=narrow.mesh.tensor * 2)
-    narrow = change(narrow, "train", accumulation=narrow.train.accumulation * 2)
+  while narrow.mesh.fsdp % 2 == 0 and narrow.mesh.tensor > 0 and heads % (2 * narrow.mesh.tensor) == 0:
+    narrow = _mesh(narrow, fsdp=narrow.mesh.fsdp // 2, tensor=narrow.mesh.tensor * 2)
+    narrow = _train(narrow, accumulation=narrow.train.accumulation * 2)
     mesh = f"mesh.fsdp={narrow.mesh.fsdp} mesh.tensor={narrow.mesh.tensor}"
     yield " ".join([*words, mesh, f"train.accumulation={narrow.train.accumulation}"]), narrow
-  while not _faults(less := change(config, "train", batch_size=config.train.batch_size // 2, accumulation=1), devices):
+  while not _faults(less := _train(config, batch_size=config.train.batch_size // 2, accumulation=1), devices):
     config = less
     yield " ".join([*words, f"train.batch_size={config.train.batch_size}"]), config
 

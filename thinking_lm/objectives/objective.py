@@ -313,7 +313,7 @@ def volume(trace: Trace, batch: Batch, vocabulary: Vocabulary) -> dict[str, Mean
   bytes_BT = jnp.asarray(vocabulary.bytes_V.astype(np.int32))[batch.targets_BT]
   weights_BT = trace.weights_BT
   bits = jnp.sum(-logp_BT * weights_BT) / np.log(2)
-  one = jnp.ones(())  # the step leaves it at that, however many parts are added up
+  one = jnp.ones(())  # `step.TOKENS`: totals, however many parts are added up
   return dict(
     bits_per_byte=Mean(bits, jnp.sum(bytes_BT * weights_BT)),
     real_tokens=Mean(jnp.sum(batch.segments_BT > 0).astype(jnp.float32), one),

@@ -195,7 +195,7 @@ class Run:
   carry_init, carry_update: what the objective carries from step to step; see `state.CarryInit` and `step.CarryFn`.
   watch: what looks at every row and raises alarms. work: the FLOPs of a step, for its rates.
   carry_from: member of that, shaped like the parameters -> work directory whose parameters it starts as.
-  draw_fn: for train.updates above 1; see `step.DrawFn`. prepare_fn: see `step.PrepareFn`.
+  draw_fn: for train.updates above 1; see `step.DrawFn`. prepare_fn: see `step.make_train_step`.
   optional: names (or beginnings) of parameters that a run may have and the one it starts from not, or the reverse.
   resolved_config: nested dict of JSON values, what `config.json` will say and what another start must agree with.
   record: what every checkpoint's manifest says besides, for its readers.

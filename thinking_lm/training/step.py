@@ -19,9 +19,6 @@ LossFn = Callable[[types.Params, types.Batch, jax.Array, types.Carried], tuple[j
 DrawFn = Callable[[types.Params, types.Batch, jax.Array, types.Carried], Any]
 """(params, batch, key, carried) -> what `Carried.drawn` says in every update of a step, drawn once before the first."""
 
-PrepareFn = Callable[[types.Batch], types.Batch]
-"""batch -> what is to be known of its rows that no parameter of the run changes, before the first update of a step."""
-
 TOKENS = ("real_tokens", "think_tokens")
 """Metrics whose totals over all rows are meant, not means."""
 
@@ -144,18 +141,20 @@ def make_train_step(
   config: StepConfig,
   carry_update: CarryFn = unchanged,
   draw_fn: DrawFn | None = None,
-  prepare_fn: PrepareFn | None = None,
+  prepare_fn: Callable[[types.Batch], types.Batch] | None = None,
 ) -> StepFn:
   """(state, batch, key) -> (state, metrics).
 
   key: of the purpose `train`; step s uses fold_in(key, s), in all its updates.
+  `prepare_fn` adds to the rows, before the first update, what no parameter of the run changes: a frozen model's word.
   With `config.updates` above 1, `draw_fn` draws once with the parameters before the step, and that many updates follow
   on the same rows, at the same learning rate, each told what was drawn.
   An update is applied only if the loss and the norms of the gradient, the update and the new parameters are finite.
   If not, parameters, optimizer state, EMA and `extra` keep their bits, `state.skips` counts it, and `step` advances all
   the same (so the next step sees other data).
-  Metrics: those of `loss_fn`, and grad_norm (before clipping), update_norm (as applied), param_norm, learning_rate,
-  skipped (0 or 1), skips_in_a_row. Of several updates, sums and counts are averaged; skips_in_a_row is the last.
+  Metrics: those of `loss_fn` (of `TOKENS` the totals), and grad_norm (before clipping), update_norm (as applied),
+  param_norm, learning_rate, skipped (0 or 1), skips_in_a_row. Of several updates, sums and counts are averaged;
+  skips_in_a_row is the last.
   """
 
   def train_step(state: TrainState, batch: types.Batch, key: jax.Array):
