@@ -139,7 +139,7 @@ class Experiment:
   def place(self, params: Params, batch: Batch, thought: ThoughtConfig | None = None) -> Layout:
     """Where a batch is thought about; `thought` in place of the config's, for an evaluation."""
     thought = thought or self.config.thought
-    if thought.by_need and batch.need_BT is None:
+    if thought.by_need:
       batch = needed(*(self.proxy or (self.model, params)), batch)
     return place(batch, thought, self.data.vocabulary, self.data.aligned)
 
@@ -204,7 +204,6 @@ class Experiment:
       carry_update=functools.partial(carry.update, c.objective),
       carry_from={"reference": c.objective.kl_reference} if c.objective.kl_reference else {},
       draw_fn=self.draw,
-      prepare_fn=functools.partial(needed, *self.proxy) if self.proxy else None,
       optional=("heads/",),
     )
 

@@ -195,7 +195,7 @@ class Run:
   carry_init, carry_update: what the objective carries from step to step; see `state.CarryInit` and `step.CarryFn`.
   watch: what looks at every row and raises alarms. work: the FLOPs of a step, for its rates.
   carry_from: member of that, shaped like the parameters -> work directory whose parameters it starts as.
-  draw_fn: for train.updates above 1; see `step.DrawFn`. prepare_fn: see `step.make_train_step`.
+  draw_fn: for train.updates above 1; see `step.DrawFn`.
   optional: names (or beginnings) of parameters that a run may have and the one it starts from not, or the reverse.
   resolved_config: nested dict of JSON values, what `config.json` will say and what another start must agree with.
   record: what every checkpoint's manifest says besides, for its readers.
@@ -218,7 +218,6 @@ class Run:
   work: writers.Work | None = None
   carry_from: Mapping[str, str] = dataclasses.field(default_factory=dict)
   draw_fn: DrawFn | None = None
-  prepare_fn: Callable[[types.Batch], types.Batch] | None = None
   optional: tuple[str, ...] = ()
 
 
@@ -324,7 +323,7 @@ def program(run: Run, mesh: jax.sharding.Mesh) -> Program:
   )
   schedule = make_schedule(run.optimizer, run.train.steps)
   config = StepConfig(run.train.accumulation, run.optimizer.ema, run.train.updates)
-  step = make_train_step(run.loss_fn, optimizer, schedule, config, run.carry_update, run.draw_fn, run.prepare_fn)
+  step = make_train_step(run.loss_fn, optimizer, schedule, config, run.carry_update, run.draw_fn)
   step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, mesh_lib.replicated(mesh)))
   return Program(init, create, placed, step)
 

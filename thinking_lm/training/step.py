@@ -50,11 +50,12 @@ def _split(batch: Any, parts: int) -> Any:
   return jax.tree.map(split, batch)
 
 
-def _by_parts(function: Callable[[types.Batch], Any], batch: types.Batch, accumulation: int) -> Any:
-  """The function of all rows, micro-batch by micro-batch, without gradients."""
+def _draw(draw_fn: DrawFn, params: types.Params, batch: types.Batch, key, accumulation: int, carried: types.Carried):
+  """What `draw_fn` draws for all rows, micro-batch by micro-batch."""
+  draw = lambda rows: jax.lax.stop_gradient(draw_fn(params, rows, key, carried))
   if accumulation == 1:
-    return jax.lax.stop_gradient(function(batch))
-  parts = jax.lax.map(lambda rows: jax.lax.stop_gradient(function(rows)), _split(batch, accumulation))
+    return draw(batch)
+  parts = jax.lax.map(draw, _split(batch, accumulation))
   return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), parts)
 
 
@@ -141,12 +142,10 @@ def make_train_step(
   config: StepConfig,
   carry_update: CarryFn = unchanged,
   draw_fn: DrawFn | None = None,
-  prepare_fn: Callable[[types.Batch], types.Batch] | None = None,
 ) -> StepFn:
   """(state, batch, key) -> (state, metrics).
 
   key: of the purpose `train`; step s uses fold_in(key, s), in all its updates.
-  `prepare_fn` adds to the rows, before the first update, what no parameter of the run changes: a frozen model's word.
   With `config.updates` above 1, `draw_fn` draws once with the parameters before the step, and that many updates follow
   on the same rows, at the same learning rate, each told what was drawn.
   An update is applied only if the loss and the norms of the gradient, the update and the new parameters are finite.
@@ -160,8 +159,6 @@ def make_train_step(
   def train_step(state: TrainState, batch: types.Batch, key: jax.Array):
     key = jax.random.fold_in(key, state.step)
     rate = jnp.asarray(schedule(state.step), jnp.float32)
-    if prepare_fn:
-      batch = _by_parts(prepare_fn, batch, config.accumulation)
 
     def update(state, drawn):
       return _update(loss_fn, optimizer, carry_update, config, rate, state, batch, key, drawn)
@@ -170,8 +167,7 @@ def make_train_step(
       state, metrics = update(state, None)
     else:
       carried = types.Carried(step=state.step, extra=state.extra)
-      draw = lambda rows: draw_fn(state.params, rows, key, carried)
-      drawn = _by_parts(draw, batch, config.accumulation) if draw_fn else None
+      drawn = _draw(draw_fn, state.params, batch, key, config.accumulation, carried) if draw_fn else None
       state, metrics = jax.lax.scan(lambda state, _: update(state, drawn), state, length=config.updates)
       last = jax.tree.map(lambda x: x[-1], metrics["skips_in_a_row"])
       metrics = {**jax.tree.map(lambda x: x.mean(axis=0), metrics), "skips_in_a_row": last}
