@@ -83,12 +83,14 @@ def _sketch(values):
 def _check(path: pathlib.Path, decode) -> int:
   """Compiles the pods of a budget file. Returns the exit code."""
   from thinking_lm.analysis import budgets
+  from thinking_lm.data.pipeline import end_with_parent
 
   entries = json.loads(path.read_text())
   chosen = {name: entry for name, entry in entries.items() if _ONLY.value in name}
   if not chosen:
     raise errors.UsageError(f"no entry of {path} contains {_ONLY.value!r}; there are {', '.join(entries)}")
-  with concurrent.futures.ProcessPoolExecutor(_JOBS.value, multiprocessing.get_context("spawn")) as pool:
+  spawn = multiprocessing.get_context("spawn")
+  with concurrent.futures.ProcessPoolExecutor(_JOBS.value, spawn, end_with_parent, initargs=(0, _JOBS.value)) as pool:
     records = {name: pool.submit(_compiled, path.parent, name, entry, decode) for name, entry in chosen.items()}
     broken = 0
     for name, record in records.items():

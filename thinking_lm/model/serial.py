@@ -67,9 +67,9 @@ def stream_serial(
   if isinstance(config.temperature, jax.Array):  # a spec is static
     temperature, config = config.temperature, dataclasses.replace(config, temperature=1.0)
   if config.opening:
-    x_BSD = jnp.where((stream.step_S == 0)[:, None], decoder.embed(decoder.start), x_BSD)
+    x_BSD = jnp.where((stream.step_S == 0)[:, None], decoder.embed_row(decoder.start, B, S), x_BSD)
   if config.closing:
-    x_BSD = jnp.where((stream.step_S == J - 1)[:, None], decoder.embed(decoder.stop), x_BSD)
+    x_BSD = jnp.where((stream.step_S == J - 1)[:, None], decoder.embed_row(decoder.stop, B, S), x_BSD)
   step_S = stream.step_S - config.opening
   taps_BSD = _taps(stream, step_S, taps_BNnD).astype(x_BSD.dtype)
   x_BSD = jnp.where(((step_S >= 0) & (step_S < n))[:, None], taps_BSD, x_BSD)
