@@ -10,6 +10,7 @@ from thinking_lm import experiment, recipes
 from thinking_lm.analysis import collectives
 from thinking_lm.errors import ConfigError
 from thinking_lm.objectives import carry
+from thinking_lm.training import loop
 from thinking_lm.training.mesh import MeshConfig, global_batch, make_mesh, shardings
 from thinking_lm.training.step import gradients
 from thinking_lm.types import Carried
@@ -92,6 +93,57 @@ def test_one_device_and_eight(name):
   mixes = 2 if thought.kind == "noisy" else 1
   draws = mixes * rows.tokens_BT.shape[1] * thought.length if thought.kind_of.stochastic else 0
   assert gathers.runs - gathers.instructions <= draws, "a loop over think tokens gathers weights in every trip"
+
+
+PAID = PRIVATE | {"thought.length": 2, "thought.samples": 2}
+RELAXED = {"thought.topology": "private", "thought.lookahead": 2, "thought.relaxation": 2.0, "objective.control": 0.4}
+PAST = {"objective.reward": "info_gain", "objective.teacher_decay": 0.9, "objective.kl_weight": 0.1, "train.updates": 2}
+ONE_TERM = {"objective.score_weight": 0.0, "objective.advantage": "none"}
+OBJECTIVES = {
+  "all that is carried": (
+    "hybrid",
+    PAID | PAST | {"objective.advantage": "value", "objective.baseline_decay": 0.8},
+    BOTH,
+  ),
+  "the same in copies": ("hybrid", PAID | PAST | {"objective.advantage": "value"}, COPIES),
+  "a running mean": ("hybrid", PAID | {"objective.advantage": "ema"}, COPIES),
+  "a greedy rollout": ("hybrid", PRIVATE | {"thought.samples": 1, "objective.advantage": "greedy"}, BOTH),
+  "filtered groups": ("hybrid", PAID | {"objective.advantage": "dapo", "objective.nll_weight": 0.0}, COPIES),
+  "M by vimco": ("jepo", PRIVATE | {"objective.advantage": "vimco"}, COPIES),
+  "P": ("verifree", PRIVATE, BOTH),
+  "all thoughts": ("hybrid", PRIVATE | {"thought.samples": 1, "objective.exact": True, **ONE_TERM}, COPIES),
+  "REBAR": ("hybrid", RELAXED | {"thought.samples": 1, "objective.advantage": "none"}, COPIES),
+  "RELAX": ("hybrid", RELAXED | {"objective.variate": "relax", "objective.control": 1.0}, COPIES),
+  "sampled answers": ("rpt", {"thought.length": 2, "thought.samples": 2}, BOTH),
+  "a router": ("hybrid", PRIVATE | {"thought.halting": "router", "thought.lookahead": 1}, COPIES),
+}
+"""Whole training steps: what a rollout alone does not have, or has for one objective only."""
+
+
+def trained(built, mesh, steps=2):
+  """(parameters, metrics) after a few steps of the run's own program."""
+  run = built.run(mesh)
+  with jax.set_mesh(mesh):
+    made = loop.program(run, mesh)
+    place = jax.tree.map(lambda leaf: leaf.sharding, made.state)
+    state = jax.jit(made.init, out_shardings=place)(jax.random.key(1))
+    batches = built.data.batches("train", global_batch=8)
+    for _ in range(steps):
+      state, metrics = made.step(state, global_batch(mesh, next(batches)), jax.random.key(2))
+  return jax.device_get((state.params, metrics))
+
+
+@pytest.mark.parametrize("name", leaving(OBJECTIVES, [name for name in OBJECTIVES if name != "all that is carried"]))
+def test_training_steps_on_one_device_and_eight(name):
+  recipe, values, sizes = OBJECTIVES[name]
+  built = small(recipe, **values, **{"train.batch_size": 8, "optimizer.eps": 1e-4})
+  alone = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  (params, metrics), (same, told) = (
+    trained(built, mesh) for mesh in (make_mesh(MeshConfig(**({"data": 1} | sizes))), alone)
+  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, same)
+  assert metrics.keys() == told.keys()
+  np.testing.assert_allclose(float(metrics["loss"]), float(told["loss"]), rtol=1e-5)
 
 
 def test_what_thinks_slot_after_slot_is_not_split_along_its_row():

@@ -33,7 +33,9 @@ _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "The pod, NAME:AxB[xC]: v5e:16x16, v5p:8x8x8, v6e:16x16, ..., or h100:HOSTSxGPUS"
 )
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices of that shape, joined by the data-centre network.", lower_bound=1)
-_PARTS = flags.DEFINE_list("parts", ["train", "generate", "evaluate"], "What is compiled.")
+_PARTS = flags.DEFINE_list(
+  "parts", ["train", "generate", "evaluate"], "What is compiled; of an entry of --budgets, too."
+)
 _FIT = flags.DEFINE_bool(
   "fit", False, "If training does not fit, look for remat, micro-batches, mesh or batch that do."
 )
@@ -91,7 +93,8 @@ def _check(path: pathlib.Path, decode) -> int:
     raise errors.UsageError(f"no entry of {path} contains {_ONLY.value!r}; there are {', '.join(entries)}")
   spawn = multiprocessing.get_context("spawn")
   with concurrent.futures.ProcessPoolExecutor(_JOBS.value, spawn, end_with_parent, initargs=(0, _JOBS.value)) as pool:
-    records = {name: pool.submit(_compiled, path.parent, name, entry, decode) for name, entry in chosen.items()}
+    submit = lambda name, entry: pool.submit(_compiled, path.parent, name, entry, _PARTS.value, decode)
+    records = {name: submit(name, entry) for name, entry in chosen.items()}
     broken = 0
     for name, record in records.items():
       found, entry = record.result(), entries[name]
@@ -99,13 +102,13 @@ def _check(path: pathlib.Path, decode) -> int:
       broken += bool(lines)
       print(f"{name}: {'; '.join(lines) or budgets.brief(found)}", flush=True)
       if _WRITE.value and all(part["fits"] for part in found["parts"].values()):
-        entry["budget"] = budgets.budget(found)
+        entry["budget"] = entry.get("budget", {}) | budgets.budget(found)
         path.write_text(json.dumps(entries, indent=2) + "\n")
   return int(broken > 0)
 
 
-def _compiled(directory: pathlib.Path, name: str, entry: dict, decode) -> dict:
-  """The record of one entry; in a process of its own, which knows no flags."""
+def _compiled(directory: pathlib.Path, name: str, entry: dict, parts: list[str], decode) -> dict:
+  """The record of those parts of an entry that are asked for; in a process of its own, which knows no flags."""
   import runpy
 
   from thinking_lm.analysis import budgets, chips, pods
@@ -113,7 +116,8 @@ def _compiled(directory: pathlib.Path, name: str, entry: dict, decode) -> dict:
   file, _, recipe = name.partition(":")
   values = runpy.run_path(str(directory / f"{file}.py"))["get_config"](recipe)
   chip, devices, groups = chips.pod(entry["topology"], entry.get("slices", 1))
-  return budgets.record(pods.plan(_sketch(values), chip, devices, groups, entry["parts"], decode))
+  parts = [part for part in entry["parts"] if part in parts]
+  return budgets.record(pods.plan(_sketch(values), chip, devices, groups, parts, decode))
 
 
 if __name__ == "__main__":

@@ -89,15 +89,22 @@ def train(built: Any, mesh: Mesh) -> Part:
 
 
 def evaluate(built: Any, mesh: Mesh) -> Part:
-  """The evaluation rollout: the model thinks, once an anchor, and its targets are scored."""
+  """Evaluation: the model thinks, once an anchor, and its targets are scored with those thoughts.
+
+  A run does these one after the other, in two programs; here they are one, which needs at least as much.
+  """
   c = built.config
   batch = abstract_batch(mesh, c.evaluation.batch_size or c.train.batch_size, built.data.sequence_length)
   params, runner = _parameters(built, mesh), Runner(built)
 
+  def both(params, batch, key):
+    thoughts = built.rollout(params, batch, key, thought=runner.thought).thoughts
+    return runner.score(params, batch, key, thoughts)
+
   def lower():
     if not runner.thought.length:
       return runner.without.lower(params, batch)
-    return runner.draw.lower(params, batch, jax.eval_shape(lambda: jax.random.split(random_key(0, "evaluate"), 1)))
+    return jax.jit(both).lower(params, batch, _key(mesh, "evaluate"))
 
   return Part(lower, dict(parameters=params, batch=batch))
 

@@ -25,7 +25,7 @@ def record(plan: Plan) -> dict[str, Any]:
       for name, part in plan.parts.items()
     },
     estimate=plan.estimate and plan.estimate._asdict(),
-    assumptions=roofline.ASSUMPTIONS,
+    assumptions=roofline.assumptions(plan.chip),
   )
 
 

@@ -102,7 +102,7 @@ def show(plan: Plan, where: str) -> str:
       f"{e.slices:.3f} s: a step takes {e.fast:.3f} s (all overlap) to {e.slow:.3f} s (nothing does); MFU at best "
       f"{e.mfu_thinking:.1%} thinking included, {e.mfu_real:.1%} for the real tokens alone"
     )
-    lines += [f"  assumed: {line}" for line in roofline.ASSUMPTIONS]
+    lines += [f"  assumed: {line}" for line in roofline.assumptions(plan.chip)]
   return "\n".join(lines)
 
 

@@ -7,18 +7,21 @@ from typing import NamedTuple
 import jax
 
 from thinking_lm.analysis import collectives
-from thinking_lm.analysis.chips import Chip
+from thinking_lm.analysis.chips import GB, Chip
 from thinking_lm.analysis.flops import Ledger
 from thinking_lm.analysis.traffic import training_traffic
 from thinking_lm.analysis.training import plain_floor, training_ledger
 
-ASSUMPTIONS = (
-  "matrix products run at the chip's peak, bf16 in and float32 accumulated",
-  "memory moves what analysis/traffic.py counts: attention scores and logits are written out and read again",
-  "collectives use all links of a chip at once and nothing else delays them; loops count as often as they run",
-  "between slices (of GPUs: hosts) travels what the compiled program sends there, on a ring",
-  "fast: compute, memory and network overlap fully, the step takes the longest; slow: they follow one another",
-)
+
+def assumptions(chip: Chip) -> tuple[str, ...]:
+  """What an estimate takes for granted, a line each."""
+  return (
+    f"matrix products run at the chip's peak, {chip.flops / 1e12:.0f} TFLOP/s: bf16 in and float32 accumulated",
+    f"memory moves {chip.hbm / GB:.0f} GB/s of what analysis/traffic.py counts: scores and logits are written and read",
+    f"collectives use all links of a chip at once, {chip.ici / GB:.0f} GB/s, and nothing else delays them",
+    f"between slices (of GPUs: hosts) travels what the program sends there, on a ring, {chip.dcn / GB:.4g} GB/s a chip",
+    "fast: compute, memory and network overlap fully, the step takes the longest; slow: they follow one another",
+  )
 
 
 class Estimate(NamedTuple):
