@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.slow import leaving
+from thinking_lm.model import generate as generate_lib
 from thinking_lm.model.decoder import Model, ModelConfig
 from thinking_lm.model.generate import Sampling, generate
 from thinking_lm.model.need import needed
@@ -101,6 +103,19 @@ def test_cached_equals_uncached(name, options):
   assert (generation.length_B == (generation.tokens_BX != BORDER).sum(1)).all()
   if config.length:
     assert generation.thought_BX.any()
+
+
+@pytest.mark.parametrize("number", leaving([2, 10, 11], [10, 11]))
+def test_a_cache_that_grows_changes_nothing(number, monkeypatch):
+  config = ThoughtConfig(length=2, **CASES[number][1])
+  expected = decode(config)
+  monkeypatch.setattr(generate_lib, "ROOM", 2)
+  monkeypatch.setattr(generate_lib, "GROWTH", 2)
+  rooms = [2, 4, 15] if config.topology == "persistent" else [2, 7]
+  assert generate_lib._rooms(config, X) == rooms
+  found = decode(config)
+  np.testing.assert_allclose(found.logp_BX, expected.logp_BX, rtol=1e-5)
+  jax.tree.map(np.testing.assert_array_equal, found.replace(logp_BX=0), expected.replace(logp_BX=0))
 
 
 def test_drawn_thoughts_give_the_same_logp_when_put_back():

@@ -55,6 +55,10 @@ class Generation:
   thoughts_BXn: jax.Array
 
 
+ROOM, GROWTH = 512, 4
+"""Slots that a stream has at first, and how many times more when they are full: a turn reads and writes all that
+there are, and so costs some GROWTH times what the used ones would. It is compiled once for every size."""
+
 UNNAMED = ("latent", "pause")
 """Kinds whose think tokens have no id: the real token that the head reads off their slot is shown."""
 
@@ -85,6 +89,11 @@ class _Now(NamedTuple):
   done_BG: jax.Array
   watched: Streams | None
   out: Generation
+
+  def grow(self, room: int, X: int) -> "_Now":
+    """The same with room for so many slots; what is watched adds the X real tokens alone."""
+    watched = self.watched and self.watched.grow(min(room, X))
+    return self._replace(streams=self.streams.grow(room), watched=watched)
 
 
 class _Keys(NamedTuple):
@@ -122,8 +131,24 @@ def generate(
   keys = _Keys(fold(keys_BG, 0), fold(keys_BG, 1))
   turn = functools.partial(_turn, decoder, config, vocabulary, sampling, watcher, keys)
   now = _prefill(decoder, config, prompts, vocabulary, fold(keys_BG[:, 0], 2), keys_BG.shape[1], sampling, watcher)
-  out = jax.lax.while_loop(lambda now: ~jnp.all(now.done_BG), turn, now).out
-  return jax.tree.map(lambda a: a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]), out)
+  for room in _rooms(config, sampling.max_tokens):
+    now = jax.lax.while_loop(functools.partial(_goes_on, room), turn, now.grow(room, sampling.max_tokens))
+  return jax.tree.map(lambda a: a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]), now.out)
+
+
+def _rooms(config, X: int) -> list[int]:
+  """How many slots a stream has, one number after another; the last holds X tokens with all their thoughts."""
+  most = X * (1 + config.slots) if config.topology == "persistent" else X + config.slots
+  rooms, room = [], ROOM
+  while 2 * room <= most:
+    rooms.append(room)
+    room *= GROWTH
+  return [*rooms, most]
+
+
+def _goes_on(room: int, now: _Now):
+  """Whether there is a turn to make, for which no stream needs more slots."""
+  return ~jnp.all(now.done_BG) & (jnp.max(jnp.where(now.done_BG, 0, now.slot_BG)) < room)
 
 
 def _turn(decoder, config, vocabulary, sampling, watcher, keys: _Keys, now: _Now) -> _Now:
@@ -281,20 +306,19 @@ def _prefill(decoder: Decoder, config, prompts: Batch, vocabulary, keys_B, G: in
   batch = prompts.replace(segments_BT=jnp.where(inside_BT, prompts.segments_BT, 0))
   watched = None
   if watcher:
-    need_BT, watched = need.begin(watcher, batch, G, X)
+    need_BT, watched = need.begin(watcher, batch, G)
     batch = batch.replace(need_BT=need_BT)
   layout = place(batch, dataclasses.replace(config, room=0), vocabulary, aligned=0)
   thoughts_B = jnp.sum(layout.anchors_BN < T, axis=1)
   cache, segments_BS = _read(decoder, config, batch, layout, keys_B)
   persistent = config.topology == "persistent"
   moved_B = config.slots * thoughts_B * (persistent and config.rotary == "advance")
-  room = X * (1 + config.slots) if persistent else X + config.slots
   last = lambda back: topology.take(prompts.tokens_BT, length_B[:, None] - back, 0)[:, 0]
   each = lambda a_B: jnp.broadcast_to(a_B[:, None], (B, G))
   full = lambda value, *shape: jnp.full((B, G, *shape), value)
   x_BGD = decoder.embed(each(last(1)))
   return _Now(
-    streams=Streams.begin(decoder, cache, segments_BS > 0, G, room),
+    streams=Streams.begin(decoder, cache, segments_BS > 0, G),
     x_BGD=x_BGD,
     slot_BG=full(0),
     step_BG=full(-1),

@@ -27,10 +27,10 @@ def _look(decoder: Decoder, batch: Batch):
   return entropy(decoder, hidden[:, 0]), Cache(new.k[:, :, 0], new.v[:, :, 0])
 
 
-def begin(decoder: Decoder, batch: Batch, G: int, room: int) -> tuple[jax.Array, Streams]:
-  """(need_BT of prompts, what decoding goes on from); room: tokens that will be added by each of G streams."""
+def begin(decoder: Decoder, batch: Batch, G: int) -> tuple[jax.Array, Streams]:
+  """(need_BT of prompts, the G streams of each that go on from them)."""
   need_BT, cache = _look(decoder, batch)
-  return need_BT, Streams.begin(decoder, cache, batch.segments_BT > 0, G, room)
+  return need_BT, Streams.begin(decoder, cache, batch.segments_BT > 0, G)
 
 
 def follow(decoder: Decoder, streams: Streams, token_BG, position_BG, slot_BG) -> tuple[jax.Array, Streams]:
