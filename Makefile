@@ -19,13 +19,13 @@ quickstart: .venv/.installed  ## the main job: what thinking buys, in one table 
 	.venv/bin/python -m thinking_lm.quickstart $(ARGS)
 
 test: .venv/.installed  ## run the tests
-	$(PYTEST) .venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PYTEST) .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: .venv/.installed  ## run the tests that `make test` leaves out: more kills, meshes, processes and cases
-	$(PYTEST) .venv/bin/python -m pytest -n 2 --dist loadfile -m slow $(ARGS)
+	$(PYTEST) .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow $(ARGS)
 
 test-latest: .venv-latest/.installed  ## run what `make test` runs on Python 3.12 with the newest JAX
-	$(PYTEST) .venv-latest/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PYTEST) .venv-latest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 plan: .venv-plan/.installed  ## compile every pod of configs/pod and hold it to its budget; no TPU needed, ARGS=--write sets budgets
 	NPROC=1 JAX_PLATFORMS=cpu .venv-plan/bin/python -m thinking_lm.plan --budgets=configs/pod/budgets.json $(ARGS)

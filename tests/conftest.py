@@ -17,3 +17,15 @@ os.environ["XLA_FLAGS"] = " ".join(
   ]
 )
 gc.set_threshold(100_000, 20, 20)  # tracing makes many objects that stay: looking for garbage took a sixth of the time
+
+LONGEST = (
+  *("training/kill_test", "model/rollout_test", "model/serial_test", "mesh_numbers_test", "training/processes_test"),
+  *("model/generate_test", "carried_test", "model/halting_test", "experiment_test", "objectives/variates_test"),
+)
+"""Files that take minutes. They start first, lest one worker ends alone with one of them; the rest fill up."""
+
+
+def pytest_collection_modifyitems(items):
+  """Whole files in the order in which they start."""
+  place = {f"tests/{name}.py": number for number, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: place.get(item.nodeid.split("::")[0], len(place)))
