@@ -16,6 +16,7 @@ from thinking_lm import experiment, recipes
 from thinking_lm.errors import ConfigError
 from thinking_lm.objectives.advantages import ADVANTAGES, Advantage
 from thinking_lm.objectives.objective import ObjectiveConfig, objective
+from thinking_lm.objectives.rewards import REWARDS, Reward
 from thinking_lm.training.state import make_init
 from thinking_lm.training.step import StepConfig, make_train_step
 from thinking_lm.types import Carried
@@ -231,16 +232,25 @@ def median(reward_BGN):
   return reward_BGN - jnp.median(reward_BGN, axis=1, keepdims=True)
 
 
-def test_an_advantage_is_one_function_and_one_line(monkeypatch):
-  """As the README says: the function, its line in the table, and then it trains."""
+def root(trace):
+  """sqrt p(y | x, z): pays for likely outcomes, as prob does, and still for one of a few per cent."""
+  return jnp.exp(trace.outcome_BGN / 2)
+
+
+def test_an_advantage_and_a_reward_are_a_function_and_a_line_each(monkeypatch):
+  """As the README says: the functions, their lines in the tables, and then it trains."""
   readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
-  assert inspect.getsource(median) in readme
+  assert inspect.getsource(median) in readme and inspect.getsource(root) in readme
   assert 'ADVANTAGES["median"] = Advantage(median, unbiased=False, needs=2)\n' in readme
+  assert 'REWARDS["root"] = Reward(root, smooth=True)\n' in readme
   config = small("hybrid")
-  config.objective.advantage = "median"
-  with pytest.raises(ConfigError, match="unknown name 'median'; known: none, mean, leave_one_out"):
+  config.objective.update(advantage="median", reward="root")
+  with pytest.raises(ConfigError) as caught:
     experiment.parse(config)
+  for line in ("unknown name 'median'; known: none, mean, leave_one_out", "unknown name 'root'; known: log_prob, info"):
+    assert any(line in fault for fault in caught.value.faults)
   monkeypatch.setitem(ADVANTAGES, "median", Advantage(median, unbiased=False, needs=2))
+  monkeypatch.setitem(REWARDS, "root", Reward(root, smooth=True))
   built = experiment.build(experiment.parse(config))
   optimizer = optax.sgd(1.0)
   step = jax.jit(make_train_step(built.loss_fn, optimizer, lambda count: 0.1, StepConfig()))
@@ -248,4 +258,5 @@ def test_an_advantage_is_one_function_and_one_line(monkeypatch):
   batch = jax.tree.map(jnp.asarray, next(built.data.batches("train", global_batch=2)))
   after, metrics = step(before, batch, jax.random.key(1))
   assert int(after.step) == 1 and float(metrics["skipped"]) == 0 and float(metrics["grad_norm"]) > 0
+  assert 0 < float(metrics["reward"]) < 1 and float(metrics["reward_std"]) > 0, "a root, no logarithm"
   assert np.abs(flat(after.params) - flat(before.params)).max() > 0
