@@ -63,7 +63,7 @@ RECIPES = dict(
     "thought.placement": "every",
     "thought.samples": 2,
     "thought.lookahead": 4,
-    "thought.mixing": "logit",
+    "thought.mixing": "probability",
     "objective.score_weight": 1.0,
     "objective.advantage": "quiet_star",
   },

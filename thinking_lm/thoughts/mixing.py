@@ -15,10 +15,12 @@ def probability(weight_X, think_XV, base_XV):
 
 
 def logit(weight_X, think_XV, base_XV):
-  """log softmax(w think + (1 - w) base): the geometric mixture, as in Quiet-STaR's code, whose weight is unbounded."""
+  """log softmax(w think + (1 - w) base): the geometric mixture, as in Quiet-STaR's code, where w is no sigmoid."""
   weight_X1 = weight_X[..., None]
   return jax.nn.log_softmax(weight_X1 * think_XV + (1 - weight_X1) * base_XV)
 
 
 MIXING = dict(none=None, probability=probability, logit=logit)
-"""none: the prediction after the thought alone."""
+"""none: the prediction after the thought alone. probability: the one to switch on, and what the recipes take. logit:
+the original one, but for the weight, which is bounded here.
+"""

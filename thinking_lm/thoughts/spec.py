@@ -54,7 +54,10 @@ class ThoughtConfig:
     0.5, "ponder, router: probability of having ended at which a thought does; 0 draws its end", low=0, high=1
   )
   mixing: str = option(
-    "none", "private: how the predictions with a thought and without are mixed, by a learned weight", choices=MIXING
+    "none",
+    "private: how the predictions with a thought and without are mixed, by a learned weight in [0, 1]: probability, or "
+    "logit for the original one",
+    choices=MIXING,
   )
   report: int = option(
     0, "sampled: the last 2m of the n think tokens are m (candidate, confidence) pairs; 0: none", low=0
