@@ -5,7 +5,7 @@
 FILE is what `thinking_lm.candidates` wrote (without --distinct and --balance, which would change what is voted on).
 The verifier is a run on data.source=verdicts. Its score of a candidate is the mean of p(Yes) over --rationales draws of
 its thoughts, or of rationales that it writes itself if it was trained to (data.verdicts.rationale). The result is
-printed and written into the run's work directory.
+printed and written into the run's work directory, with the scores in the order of the lines.
 
 Exit codes: 0 done, 64 wrong command line, 65 damaged data or checkpoints, 73 the result cannot be written, 78 wrong
 config.
@@ -53,6 +53,7 @@ def main(argv) -> None:
     of_each=sorted(sizes),
     rationales=K,
     **{name: value for part in (choice, judgement) for name, value in part._asdict().items()},
+    scores=scores_X.tolist(),
   )
   print(verifiers.table(choice, judgement, sorted(sizes), K))
   path = workdir.resolve(_WORKDIR.value) / "evaluation" / f"verify-{step}.json"

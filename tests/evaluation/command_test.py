@@ -10,10 +10,10 @@ from tests import quick
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def command(*flags):
-  """(exit code, stdout, stderr) of thinking_lm.evaluate in a process of its own."""
+def command(*flags, module="evaluate"):
+  """(exit code, stdout, stderr) of a command of thinking_lm in a process of its own."""
   environment = quick.environment()
-  line = [sys.executable, "-m", "thinking_lm.evaluate", *flags]
+  line = [sys.executable, "-m", f"thinking_lm.{module}", *flags]
   done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
   return done.returncode, done.stdout, done.stderr
 
