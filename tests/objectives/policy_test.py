@@ -72,5 +72,8 @@ def test_estimators_are_finite_and_pull_back(name, delta):
 def test_k3_is_itself_up_to_the_limit_and_convex_beyond():
   for delta in (-9.0, -1.0, 0.5, 20.0):
     np.testing.assert_allclose(ESTIMATORS["k3"].of(jnp.float32(delta)), math.exp(-delta) - 1 + delta, rtol=1e-5)
+  for delta in (-1e-2, -1e-4, 1e-4, 1e-2):  # near the reference: nothing as large as e^KL_LIMIT rounds the slope off
+    slope = jax.grad(ESTIMATORS["k3"].of)(jnp.float32(delta))
+    np.testing.assert_allclose(slope, -math.expm1(-delta), rtol=1e-2)
   slopes = [float(jax.grad(ESTIMATORS["k3"].of)(jnp.float32(delta))) for delta in (-30.0, -10.5, -9.5, -1.0, 1.0)]
   assert slopes == sorted(slopes) and slopes[0] == slopes[1] == pytest.approx(1 - math.exp(KL_LIMIT), rel=1e-6)

@@ -66,7 +66,7 @@ def k3(delta_X):
   -delta = KL_LIMIT the exponential goes on as its tangent: larger ratios pull with the force of e^KL_LIMIT.
   """
   near_X = jnp.minimum(-delta_X, KL_LIMIT)
-  return jnp.exp(near_X) + jnp.exp(KL_LIMIT) * (-delta_X - near_X) - 1 + delta_X
+  return jnp.exp(near_X) + jnp.exp(KL_LIMIT) * jnp.maximum(-delta_X - KL_LIMIT, 0) - 1 + delta_X
 
 
 class Estimator(NamedTuple):
@@ -74,7 +74,8 @@ class Estimator(NamedTuple):
 
   of: delta -> estimate, whose gradient is that of a loss. unbiased: its expectation is KL(pi || pi_ref).
   gradient: which divergence has the gradient that is expected of it: `reverse` KL(pi || pi_ref), `forward` the other.
-  Both are of a token given the tokens before it: that these lead to where the policies differ is not charged.
+  Both are of a token given the tokens before it: that these lead to where the policies differ is not charged. What k3
+  claims holds while no log-ratio of reference to policy is beyond KL_LIMIT.
   """
 
   of: Callable
