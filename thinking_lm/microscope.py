@@ -2,7 +2,8 @@
 
   python -m thinking_lm.microscope --workdir=DIR                        a trained run
   python -m thinking_lm.microscope --config=configs/NAME.py:RECIPE      its parameters before training
-  python -m thinking_lm.microscope --toy=bias|bottleneck|transformer    the published toys, by this project's objectives
+  python -m thinking_lm.microscope --toy=bias|bottleneck                the published toys, by this project's objectives
+  python -m thinking_lm.microscope --toy=transformer|bottleneck_transformer   the same on a small decoder
 
 Each estimator draws --estimates gradients for the same --rows rows of the training split, with --samples thoughts each,
 and is compared with grad J, M and P: exact where every thought can be enumerated (vocabulary^length up to 4096; for
@@ -33,7 +34,9 @@ _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file; --config.key=value changes a key.", lock_config=False, accept_new_attributes=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a trained run; gs:// paths also work.")
-_TOY = flags.DEFINE_enum("toy", None, ["bias", "bottleneck", "transformer"], "A toy instead of a run or a config.")
+_TOY = flags.DEFINE_enum(
+  "toy", None, ["bias", "bottleneck", "transformer", "bottleneck_transformer"], "A toy instead of a run or a config."
+)
 _ESTIMATORS = flags.DEFINE_list("estimators", None, "Lines of the tables; default: all.")
 _ROWS = flags.DEFINE_integer("rows", 4, "Rows of the batch.", lower_bound=1)
 _SAMPLES = flags.DEFINE_integer("samples", 4, "G, thoughts of each anchor in an estimate.", lower_bound=1)

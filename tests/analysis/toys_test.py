@@ -1,10 +1,13 @@
 """The toys: that their numbers are those of this project's objectives, at sizes that run at once."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from thinking_lm.analysis import toys
+from tests.slow import leaving
+from thinking_lm.analysis import bottleneck, toys
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +42,46 @@ def test_exact_values_by_hand(params):
     assert float(toys._exact(params, bound)) == pytest.approx(value, rel=1e-5)
 
 
+GUMBEL = dataclasses.replace(bottleneck.THOUGHT, kind="gumbel")
+TABLES, TRANSFORMER = (bottleneck.THINKERS[name] for name in ("tables", "transformer"))
+
+
 def test_a_bottleneck_that_is_learned_and_one_that_is_not():
-  learned, not_learned = (toys.train(name, seeds=1, steps=400)[0] for name in ("exact_J", "nll_only"))
+  learned, not_learned = (bottleneck.train(TABLES, name, seeds=1, steps=400)[0] for name in ("exact_J", "nll_only"))
   assert learned > 0.4 > 0.15 > not_learned
 
 
 @pytest.mark.parametrize("name", ["rebar", "vimco"])
 def test_sampled_thoughts_are_learned_too(name):
-  assert toys.train(name, seeds=1, steps=400)[0] > 0.3
+  assert bottleneck.train(TABLES, name, seeds=1, steps=400)[0] > 0.3
+
+
+@pytest.mark.parametrize("name", leaving(["hybrid", "gumbel", "exact_M"], slow=["gumbel", "exact_M"]))
+def test_a_transformer_learns_through_the_bottleneck(name):
+  assert bottleneck.train(TRANSFORMER, name, seeds=1, steps=250)[0] > 0.2
+
+
+def test_nothing_but_the_thought_tells_the_symbol():
+  """Whatever thought is put in, the reader says the same of every symbol: what it is right about is the thought's."""
+  params = bottleneck.MODEL.init(jax.random.key(1))
+  every = jax.jit(bottleneck._every_thought)(params)
+  assert every.policy_logp_BGN.shape == every.outcome_BGN.shape == (16, 16, 1)
+  policy_XZ, reader_XZ = np.exp(every.policy_logp_BGN[..., 0]), np.exp(every.outcome_BGN[..., 0])
+  np.testing.assert_allclose(policy_XZ.sum(axis=1), 1, rtol=1e-5)  # the policy depends on the symbol
+  assert np.abs(policy_XZ - policy_XZ[:1]).max() > 1e-2
+  np.testing.assert_allclose(reader_XZ.sum(axis=0), 1, rtol=1e-5)  # one distribution over symbols for each thought
+
+
+def test_straight_through_thoughts_are_drawn_as_the_rollout_draws_them():
+  """The same tokens as often, and with a gradient for what they were drawn from."""
+  params, thought = bottleneck.MODEL.init(jax.random.key(1)), dataclasses.replace(GUMBEL, samples=2000)
+
+  def summed(params):
+    found = bottleneck._straight_through(params, thought, jax.random.key(2))
+    return found.inputs_BGNJD.sum(), found.tokens_BGNJ
+
+  (_, tokens_BGNJ), grads = jax.jit(jax.value_and_grad(summed, has_aux=True))(params)
+  share_XZ = (np.asarray(tokens_BGNJ[..., 0, 0])[..., None] == np.arange(16)).mean(axis=1)
+  policy_XZ = np.exp(jax.jit(bottleneck._every_thought)(params).policy_logp_BGN[..., 0])
+  assert np.abs(share_XZ - policy_XZ).max() < 5 * np.sqrt(policy_XZ.max() / 2000)
+  assert np.abs(grads["head"]).max() > 0

@@ -62,3 +62,9 @@ def settings(changes: dict[str, Any], thought, samples: int) -> dict[str, Any]:
     found["thought.lookahead"] = 0
   found |= changes
   return found | {"thought.samples": 1 if found["objective.exact"] else samples}
+
+
+def goal(name: str) -> ObjectiveConfig:
+  """The objective of a member of ESTIMATORS."""
+  options = {key.partition(".")[2]: value for key, value in ESTIMATORS[name].items() if key.startswith("objective.")}
+  return ObjectiveConfig(**options)

@@ -1,9 +1,9 @@
-"""Two published toys and one of our own, by this project's objectives: how biased, and does it learn?
+"""The toys: two published ones and one of our own, by this project's objectives: how biased, and does it learn?
 
 bias: one context, a thought of two tokens out of six, so 36 thoughts; a policy of tables and a reader of a table, both
 drawn from a normal distribution. Expected gradients are sums over every group of thoughts (each multiset once, with its
 multiplicity), or means over many drawn groups where there are too many.
-bottleneck: one of 16 symbols must pass through one discrete thought of 16 to its reconstruction.
+bottleneck, bottleneck_transformer: what is learned through one discrete thought, see `bottleneck.py`.
 transformer: the biases again, on a small decoder and through the real rollout, under the microscope.
 """
 
@@ -14,14 +14,13 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from thinking_lm.analysis.estimators import ESTIMATORS
-from thinking_lm.analysis.microscope_report import aligned, number
+from thinking_lm.analysis import bottleneck
+from thinking_lm.analysis.estimators import goal
+from thinking_lm.analysis.microscope_report import aligned
 from thinking_lm.analysis.tables import straight_through, trace
 from thinking_lm.objectives.exact import marginal
 from thinking_lm.objectives.objective import ObjectiveConfig, objective
-from thinking_lm.thoughts import relaxed
 
 V, Y = 6, 6
 Z = V * V
@@ -40,25 +39,6 @@ PUBLISHED_BIAS = dict(
   jepo=" / 0.20-0.15 (G=16: 0.05)",
 )
 """Figures of the design notes (two unnamed random initialisations): against grad J / grad M."""
-
-PUBLISHED_BOTTLENECK = dict(
-  exact_M=0.91,
-  exact_J=0.91,
-  gumbel=0.93,
-  hybrid=0.86,
-  vimco=0.83,
-  quiet_star=0.80,
-  grpo=0.77,
-  rlp=0.07,
-  nll_only=0.06,
-)
-"""Mean p(x) of the same notes; chance is 0.0625."""
-
-
-def goal(name: str) -> ObjectiveConfig:
-  """The objective of a member of ESTIMATORS."""
-  options = {key.partition(".")[2]: value for key, value in ESTIMATORS[name].items() if key.startswith("objective.")}
-  return ObjectiveConfig(**options)
 
 
 def _tables(seed: int):
@@ -164,77 +144,11 @@ def bias() -> str:
   return aligned(rows)
 
 
-SYMBOLS, STEPS, RATE, SEEDS = 16, 1500, 0.03, 5
-INITIAL = 0.3
-"""Standard deviation of the tables before training."""
-
-
-def _relaxed_outcome(params, policy_XX, token_XG, key):
-  """log p(x | relaxed copy of the thought), differentiable in the policy only."""
-  shape = (*token_XG.shape, SYMBOLS)
-  keys = jax.random.split(key, token_XG.shape)
-  z = relaxed.coupled(jnp.broadcast_to(policy_XX[:, None], shape), token_XG, keys)
-  weights = relaxed.weights(z, ESTIMATORS["rebar"]["thought.relaxation"])
-  logits_XGY = weights @ jax.lax.stop_gradient(params["reader_ZX"])
-  return jax.nn.log_softmax(logits_XGY)[jnp.arange(SYMBOLS), :, jnp.arange(SYMBOLS)]
-
-
-def _bottleneck_loss(name: str, G: int):
-  """(params, key) -> loss of all symbols, each with G thoughts."""
-
-  def loss(params, key):
-    policy_XZ = jax.nn.log_softmax(params["policy_XZ"])
-    outcome_ZX = jax.nn.log_softmax(params["reader_ZX"])
-    if name == "gumbel":
-      hot_XGZ = straight_through(jnp.broadcast_to(policy_XZ[:, None], (SYMBOLS, G, SYMBOLS)), key)
-      logp_XGY = jax.nn.log_softmax(hot_XGZ @ params["reader_ZX"])
-      return -logp_XGY[jnp.arange(SYMBOLS), :, jnp.arange(SYMBOLS)].mean(axis=1).sum()
-    if name.startswith("exact"):
-      every = trace(policy_XZ, outcome_ZX.T, jnp.broadcast_to(jnp.arange(SYMBOLS), (SYMBOLS, SYMBOLS)))
-      return objective(ObjectiveConfig(exact=True, bound=name[-1]), marginal(every))[0]
-    keys = jax.random.split(key)
-    z_XG = jax.random.categorical(keys[0], policy_XZ[:, None], shape=(SYMBOLS, G))
-    copies = _relaxed_outcome(params, policy_XZ, z_XG, keys[1]) if name == "rebar" else None
-    logs = jnp.take_along_axis(policy_XZ, z_XG, axis=1), jnp.take_along_axis(outcome_ZX.T, z_XG, axis=1)
-    return objective(goal(name), trace(*logs, z_XG, copies))[0]
-
-  return loss
-
-
-def train(name: str, seeds: int = SEEDS, steps: int = STEPS, G: int = 4) -> np.ndarray:
-  """Mean p(x) after training, of each seed: over symbols, of sum_z pi(z | x) p(x | z)."""
-  loss, optimizer = _bottleneck_loss(name, G), optax.adam(RATE)
-
-  def run(key):
-    first, *draws = jax.random.split(key, 3)
-    shape = (SYMBOLS, SYMBOLS)
-    params = dict(
-      policy_XZ=INITIAL * jax.random.normal(first, shape), reader_ZX=INITIAL * jax.random.normal(draws[0], shape)
-    )
-
-    def step(state, key):
-      params, memory = state
-      updates, memory = optimizer.update(jax.grad(loss)(params, key), memory)
-      return (optax.apply_updates(params, updates), memory), None
-
-    params, _ = jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(draws[1], steps))[0]
-    policy_XZ, reader_ZX = jax.nn.softmax(params["policy_XZ"]), jax.nn.softmax(params["reader_ZX"])
-    return jnp.einsum("xz,zx->x", policy_XZ, reader_ZX).mean()
-
-  return np.asarray(jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), seeds)))
-
-
-def bottleneck() -> str:
-  """The table of what is learned through a discrete bottleneck."""
-  rows = [["mean p(x)", "ours", "each seed", "design notes"]]
-  for name in (*PUBLISHED_BOTTLENECK, "jepo", "reinforce", "rebar"):
-    p_S = train(name)
-    published = number(PUBLISHED_BOTTLENECK.get(name), 2)
-    rows.append([name, f"{p_S.mean():.2f}", " ".join(f"{p:.2f}" for p in p_S), published])
-  return aligned(rows)
-
-
-TOYS = dict(bias=bias, bottleneck=bottleneck)
+TOYS = dict(
+  bias=bias,
+  bottleneck=functools.partial(bottleneck.report, bottleneck.THINKERS["tables"]),
+  bottleneck_transformer=functools.partial(bottleneck.report, bottleneck.THINKERS["transformer"]),
+)
 """name -> function that gives its table."""
 
 TRANSFORMER = {
