@@ -1,8 +1,10 @@
 """A look at the thoughts of a model in training, every so many steps: what one step's numbers cannot tell.
 
 effect_none, effect_shuffled: nats per target that it costs to leave the thoughts out, or to put another sequence's in
-their place: 0 or less, and the content of the thoughts does nothing. sampler_mismatch: largest difference between the
-log-probabilities of a drawn thought as the serial path draws it and as the parallel path scores it, in nats.
+their place: 0 or less, and the content of the thoughts does nothing. sampler_mismatch, sampler_mismatch_mean: largest
+and mean absolute difference between the log-probabilities of a drawn think token as training draws it, one slot after
+the other, and as a parallel pass over the tokens scores it, in nats. A private thought is trained on the former
+(`model/replay.py`), a persistent one on the latter.
 nll_grad_norm, score_grad_norm: norms of the two terms' gradients, as weighted. chain_grad_first, chain_grad_last: norms
 of the gradient, in nats per target, that reaches the first and the last think token of thoughts whose tokens are made
 one from another; of one-token thoughts that stay in the context, of the first and the last in a row. thought_rank:
@@ -90,11 +92,18 @@ class Examination:
     found["effect_shuffled"] = nats(replaced, kept_BT) - nats(own, kept_BT)
     found["thought_rank"] = effective_rank(own.thoughts.inputs_BGNJD[:, 0, :, -1], own.valid_BN)
     if thought.kind_of.policy:
-      drawn = roll(params, batch, self._key, thought=dataclasses.replace(thought, rescore=False))
-      scored = roll(params, batch, self._key, given=drawn.thoughts, thought=thought)
-      apart_BGN = jnp.abs(drawn.policy_logp_BGN - scored.policy_logp_BGN)
-      found["sampler_mismatch"] = jnp.max(jnp.where(drawn.valid_BN[:, None], apart_BGN, 0.0), initial=0.0)
+      found |= self._mismatch(params, batch, own)
     return found
+
+  def _mismatch(self, params: Params, batch: Batch, own: Trace) -> dict[str, jax.Array]:
+    """How far log pi of the tokens of `own` as they are drawn is from what scoring them gives."""
+    thought, drawn = self._thought, own
+    if thought.topology == "persistent" and thought.rescore:  # `own` has the scores already: draw with them
+      drawn = self._subject.rollout(params, batch, self._key, thought=dataclasses.replace(thought, rescore=False))
+    scored = self._subject.rollout(params, batch, self._key, given=drawn.thoughts, thought=thought)
+    apart_BGNJ = jnp.abs(drawn.token_logp_BGNJ - scored.token_logp_BGNJ)  # 0 at tokens that nobody chose
+    mean = jnp.sum(apart_BGNJ) / jnp.maximum(jnp.sum(drawn.chosen_BGNJ), 1)
+    return dict(sampler_mismatch=jnp.max(apart_BGNJ, initial=0.0), sampler_mismatch_mean=mean)
 
   def _chain(self, params: Params, batch: Batch, own: Trace) -> dict[str, jax.Array]:
     """Norms at both ends of the chain of think tokens; nothing where there is none."""
