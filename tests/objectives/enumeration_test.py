@@ -1,4 +1,4 @@
-"""Every thought of a tiny vocabulary, put through the rollout: the exact J, and what an objective's gradient expects.
+"""Every thought of a tiny vocabulary, put through the rollout: exact bounds, and what an objective's gradient expects.
 
 A pair of thoughts (G = 2) is a row; a row's probability is that of its thoughts. The loss of every row is the
 objective's own, on a Trace made by the rollout.
@@ -19,19 +19,22 @@ from thinking_lm.model.rollout import rollout
 from thinking_lm.objectives.advantages import ADVANTAGES, Advantage
 from thinking_lm.objectives.baselines import BASELINES, reward_of
 from thinking_lm.objectives.objective import ObjectiveConfig, objective
+from thinking_lm.objectives.policy import ESTIMATORS, KL_LIMIT
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.types import Batch, Beside, Thoughts
 
 V, T = 3, 3
 MODEL = Model(ModelConfig(layers=2, width=8, heads=2, kv_heads=1, mlp_width=12), V, heads=("value",))
-FIELDS = ("logp_BGT", "ahead_logp_BGNA", "outcome_BGN", "policy_logp_BGN")
+FIELDS = ("logp_BGT", "ahead_logp_BGNA", "outcome_BGN", "policy_logp_BGN", "entropy_BGN", "token_logp_BGNJ")
 
-# Topology, look-ahead, think tokens, anchors: V^(tokens x anchors) = 9 thoughts of a row, 81 pairs.
+# Topology, look-ahead, think tokens, anchors, halting: V^(tokens x anchors) = 9 thoughts of a row, 81 pairs; of those
+# that may stop 1 + 3 + 9, 169 pairs.
 CASES = dict(
-  private=("private", 1, 2, [1]),
-  ahead=("private", 2, 1, [0, 1]),
-  persistent=("persistent", 0, 1, [0, 1]),
-  short=("persistent", 1, 1, [0, 1]),
+  private=("private", 1, 2, [1], "fixed"),
+  ahead=("private", 2, 1, [0, 1], "fixed"),
+  persistent=("persistent", 0, 1, [0, 1], "fixed"),
+  short=("persistent", 1, 1, [0, 1], "fixed"),
+  stop=("private", 1, 2, [1], "stop"),
 )
 
 
@@ -40,17 +43,23 @@ def params():
   return problem.moved(MODEL, 0.6)
 
 
+STOP = MODEL.bind(params()).stop
+
+
 def enumerated(case, G):
   """(trace, pull, beside) of a batch that has every tuple of G thoughts as a row.
 
-  pull: cotangents of FIELDS -> gradient. beside: with the log-probability after the greedy thoughts of each row.
+  pull: cotangents of FIELDS -> gradient. beside: with the thoughts under another policy, and where their length is
+  fixed with the log-probability after the greedy thoughts of each row.
   """
-  topology, lookahead, n, anchors = CASES[case]
+  topology, lookahead, n, anchors, halting = CASES[case]
   config = ThoughtConfig(
-    kind="sampled", length=n, topology=topology, lookahead=lookahead, samples=G, temperature=0.8, rotary="advance"
+    **dict(kind="sampled", length=n, topology=topology, lookahead=lookahead, samples=G, temperature=0.8),
+    **dict(rotary="advance", halting=halting),
   )
-  N = len(anchors)
-  one = np.array(list(itertools.product(range(V), repeat=N * n))).reshape(-1, N, n)
+  N, words = len(anchors), [*range(V), *[STOP] * (halting == "stop")]
+  one = [z for z in itertools.product(words, repeat=N * n) if STOP not in z[:-1] or set(z[z.index(STOP) :]) == {STOP}]
+  one = np.array(one).reshape(-1, N, n)
   tuples = np.array(list(itertools.product(range(len(one)), repeat=G)))
   tokens_BGNJ, B = one[tuples], len(tuples)
   tile = lambda row, kind: np.tile(np.array(row, kind), (B, 1))
@@ -69,29 +78,57 @@ def enumerated(case, G):
     one = dataclasses.replace(config, temperature=0.0, samples=1)
     return rollout(MODEL, one, params, batch, layout, jax.random.key(1))
 
-  def vjp(params, cotangents):
-    return jax.vjp(lambda p: run(p)[0], params)[1](cotangents)[0]
+  @jax.jit
+  def both(params, cotangents):
+    _, pull, trace = jax.vjp(run, params, has_aux=True)
+    return trace, pull(cotangents)[0]
 
-  compiled = lambda function: jax.jit(function)
-  beside = Beside(greedy_reward_BN=compiled(greedy)(params()).outcome_BGN[:, 0])
-  return compiled(run)(params())[1], functools.partial(compiled(vjp), params()), beside
+  nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run, params())[0])
+  reference = jax.tree.map(lambda leaf: 0.8 * leaf, params())
+  beside = Beside(reference_logp_BGNJ=both(reference, nothing)[0].token_logp_BGNJ)
+  if halting == "fixed":
+    beside = beside.replace(greedy_reward_BN=jax.jit(greedy)(params()).outcome_BGN[:, 0])
+  return both(params(), nothing)[0], lambda cotangents: both(params(), cotangents)[1], beside
 
 
 @functools.cache
-def exact(case):
-  """grad J as one vector."""
-  trace, pull, _ = groups(case, 1)
-  np.testing.assert_allclose(np.exp(trace.policy_logp_BGN.sum(axis=(1, 2))).sum(), 1, rtol=1e-5)
-  return flat(pull(jax.grad(J)({name: getattr(trace, name) for name in FIELDS}, trace)))
+def exact(case, bound="J", price=0.0):
+  """The gradient of a bound less the price of its thoughts, as one vector; of M, that of E L for pairs."""
+  return pulled(case, lambda trace: jnp.sum(probability(trace) * value(case, bound, price, trace)))
 
 
-def J(fields, trace):
-  """sum over thoughts z of pi(z) (weighted log-probabilities of all targets given z), differentiable."""
-  t = trace.replace(**fields)
-  value_B = jnp.sum(t.logp_BGT[:, 0] * t.weights_BT, axis=1)
-  if t.ahead_logp_BGNA is not None:
-    value_B += jnp.sum(t.ahead_logp_BGNA[:, 0] * t.ahead_weights_BNA, axis=(1, 2))
-  return jnp.sum(jnp.exp(t.policy_logp_BGN[:, 0].sum(axis=1)) * value_B)
+def probability(trace):
+  """Of each row's thoughts, [B]."""
+  return jnp.exp(trace.policy_logp_BGN.sum(axis=(1, 2)))
+
+
+def pulled(case, of, G=2):
+  """The gradient of a function of the trace of all tuples, as one vector."""
+  trace, pull, _ = groups(case, G)
+  fields = {name: getattr(trace, name) for name in FIELDS}
+  return flat(pull(jax.grad(lambda fields: of(trace.replace(**fields)))(fields)))
+
+
+def value(case, bound, price, trace):
+  """What each row's thoughts are worth by the definition of a bound, [B], differentiable.
+
+  Persistent thoughts change all targets together (there are none before the first), private ones those that they see.
+  """
+  topology, _, _, anchors, _ = CASES[case]
+  logs_BGT = trace.logp_BGT * trace.weights_BT[:, None]
+  if topology == "persistent":
+    units_BGU, free = logs_BGT.sum(axis=2, keepdims=True), []
+  else:
+    units_BGU, free = logs_BGT[:, :, jnp.array(anchors)], [t for t in range(T) if t not in anchors]
+  if trace.ahead_logp_BGNA is not None:
+    units_BGU += jnp.sum(trace.ahead_logp_BGNA * trace.ahead_weights_BNA[:, None], axis=3)
+  mean = dict(
+    J=lambda logs_BGU: logs_BGU.mean(axis=1),
+    M=lambda logs_BGU: jnp.log(jnp.exp(logs_BGU).mean(axis=1)),
+    P=lambda logs_BGU: jnp.exp(logs_BGU).mean(axis=1),
+  )[bound]
+  used_BG = jnp.sum(trace.thoughts.tokens_BGNJ != STOP, axis=(2, 3))
+  return mean(units_BGU).sum(axis=1) + logs_BGT[:, 0, jnp.array(free, int)].sum(axis=1) - price * used_BG.mean(axis=1)
 
 
 @functools.cache
@@ -107,27 +144,36 @@ def flat(tree):
   return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]).astype(np.float64)
 
 
+def expected(case, config, G=2):
+  """Trace of all tuples of G thoughts -> the loss that is expected of the policy at hand."""
+  trace, _, beside = groups(case, G)
+  probability_B = probability(trace)
+  np.testing.assert_allclose(probability_B.sum(), 1, rtol=1e-5)
+  row = lambda *one: objective(config, *jax.tree.map(lambda leaf: leaf[None], one), EXTRA)[0]
+  return lambda trace: jnp.sum(probability_B * jax.vmap(row)(trace, beside))
+
+
 def expectation(case, config, G=2):
   """The expected gradient of an objective over all tuples of G thoughts, as one vector."""
-  trace, pull, beside = groups(case, G)
-  probability_B = np.exp(np.asarray(trace.policy_logp_BGN, np.float64).sum(axis=(1, 2)))
-  np.testing.assert_allclose(probability_B.sum(), 1, rtol=1e-5)
-
-  def loss(fields):
-    row = lambda *one: objective(config, *jax.tree.map(lambda leaf: leaf[None], one), EXTRA)[0]
-    return jnp.sum(jnp.asarray(probability_B, jnp.float32) * jax.vmap(row)(trace.replace(**fields), beside))
-
-  return flat(pull(jax.grad(loss)({name: getattr(trace, name) for name in FIELDS})))
+  return pulled(case, expected(case, config, G), G)
 
 
 def gap(case, config, G=2):
-  """How far -grad J is from the expected gradient of the loss, relative to its size."""
-  gradient = exact(case)
+  """How far the gradient of -(the bound - the price) is from what is expected of the loss, relative to its size."""
+  gradient = exact(case, config.bound, config.price)
   return np.linalg.norm(expectation(case, config, G) + gradient) / np.linalg.norm(gradient)
 
 
 TOLERANCE, CLEAR = 1e-4, 1e-2
 """Relative gaps: float32 rounding is below the first, a bias that matters above the second."""
+
+
+def near(got, wanted):
+  """Whether two gradients are the same; they are never nearly so."""
+  error = np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
+  assert error < TOLERANCE or error > CLEAR
+  return error < TOLERANCE
+
 
 HYBRID = ObjectiveConfig(nll_weight=1.0, score_weight=1.0, advantage="leave_one_out")
 
@@ -144,15 +190,29 @@ def test_a_persistent_thought_that_is_paid_for_one_token_only_is_biased():
   assert gap("persistent", HYBRID) < TOLERANCE
 
 
-def claim_holds(name, case="persistent"):
+@pytest.mark.parametrize("price", [0.0, 0.3])
+def test_a_drawn_stop_is_paid_for_and_so_is_what_it_saves(price):
+  for advantage in ("leave_one_out", "none"):
+    got = -expectation("stop", dataclasses.replace(HYBRID, price=price, advantage=advantage))
+    assert near(got, exact("stop", "J", price)) and not near(got, exact("stop", "J", price + 0.3))
+
+
+REWARDS_OF = dict(J="log_prob", M="log_prob", P="prob")
+
+
+def claim_holds(name, case="persistent", bound="J"):
   """An advantage is unbiased if and only if it says so."""
-  config = ObjectiveConfig(nll_weight=1.0, score_weight=1.0, advantage=name)
+  config = ObjectiveConfig(score_weight=1.0, advantage=name, bound=bound, reward=REWARDS_OF[bound])
   return (gap(case, config) < TOLERANCE) == ADVANTAGES[name].unbiased
 
 
-@pytest.mark.parametrize("name", [name for name, member in ADVANTAGES.items() if not getattr(member, "bound", None)])
-def test_claims_of_an_advantage_for_J(name):
-  assert claim_holds(name)
+CREDITS = [(bound, name) for bound in "JPM" for name, one in ADVANTAGES.items() if (one.bound == "M") == (bound == "M")]
+
+
+@pytest.mark.parametrize("case", ["private", "ahead", "persistent"])
+@pytest.mark.parametrize(("bound", "name"), CREDITS)
+def test_claims_of_an_advantage(bound, name, case):
+  assert claim_holds(name, case, bound)
 
 
 @pytest.mark.parametrize("name", [name for name, member in ADVANTAGES.items() if member.needs == 1])
@@ -205,3 +265,57 @@ def test_a_false_claim_is_found(monkeypatch, of):
   assert not claim_holds("false")
   monkeypatch.setitem(ADVANTAGES, "false", Advantage(of, unbiased=False, needs=2))
   assert claim_holds("false")
+
+
+# Of thoughts of up to two tokens: the first may be one of V or STOP, and after one of V so may the second.
+
+
+def conditionals(token_logp_BGNJ):
+  """(log pi of the first token [V + 1], of the second given the first [V, V + 1])."""
+  one_Z2 = token_logp_BGNJ[:: V * (V + 1) + 1, 0, 0]
+  found = one_Z2[:: V + 1, 0], one_Z2[:-1, 1].reshape(V, V + 1)
+  for logp in found:
+    np.testing.assert_allclose(jnp.exp(jax.lax.stop_gradient(logp)).sum(axis=-1), 1, rtol=1e-5)
+  return found
+
+
+def reverse(logp, reference):
+  """KL(pi || pi_ref) of one token."""
+  return jnp.sum(jnp.exp(logp) * (logp - reference), axis=-1)
+
+
+KL = dict(reverse=reverse, forward=lambda logp, reference: reverse(reference, logp))
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_claims_of_a_divergence_of_two_tokens(name):
+  """Each token's, given those before it: that a first token leads to where the policies differ is not charged."""
+  trace, _, beside = groups("stop", 2)
+  config = ObjectiveConfig(nll_weight=0.0, kl_weight=1.0, kl_estimator=name)
+  assert float(jnp.max(beside.reference_logp_BGNJ - trace.token_logp_BGNJ)) < KL_LIMIT
+  reference = conditionals(beside.reference_logp_BGNJ)
+
+  def divergence(trace, direction, charged):
+    first, second = conditionals(trace.token_logp_BGNJ)
+    before = jnp.exp(first[:V] if charged else jax.lax.stop_gradient(first[:V]))
+    return KL[direction](first, reference[0]) + jnp.sum(before * KL[direction](second, reference[1]))
+
+  value = float(expected("stop", config)(trace))
+  assert np.isclose(value, divergence(trace, "reverse", True), rtol=1e-4) == ESTIMATORS[name].unbiased
+  got = expectation("stop", config)
+  for direction in KL:
+    of = functools.partial(divergence, direction=direction)
+    assert near(got, pulled("stop", functools.partial(of, charged=False))) == (direction == ESTIMATORS[name].gradient)
+    assert not near(got, pulled("stop", functools.partial(of, charged=True)))
+
+
+def test_an_entropy_bonus_of_two_tokens_is_their_mean_and_charges_no_prefix():
+  def bonus(trace, charged):
+    first, second = conditionals(trace.token_logp_BGNJ)
+    entropy, entropy_V = (-jnp.sum(jnp.exp(logp) * logp, axis=-1) for logp in (first, second))
+    drawn = jnp.exp(first if charged else jax.lax.stop_gradient(first))
+    return drawn[V] * entropy + jnp.sum(drawn[:V] * (entropy + entropy_V) / 2)
+
+  got = -expectation("stop", ObjectiveConfig(nll_weight=0.0, entropy_weight=1.0))
+  assert near(got, pulled("stop", functools.partial(bonus, charged=False)))
+  assert not near(got, pulled("stop", functools.partial(bonus, charged=True)))

@@ -152,6 +152,8 @@ def objective(
   With `beside.drawn_logp_BGNJ` the thoughts were drawn by older parameters: the score term then has clipped importance
   ratios (policy.py), and rewards are those of the present reader. The other terms take the thoughts as they come: their
   expectation is over the policy that drew.
+
+  Entropy bonus and divergence pull at each token's distribution given the tokens before it, and not at what led there.
   """
   count_B = trace.weights_BT.sum(axis=1)
   if trace.ahead_weights_BNA is not None:
