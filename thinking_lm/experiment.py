@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 from absl import logging
 from jax.sharding import Mesh
 
@@ -42,10 +43,13 @@ from thinking_lm.thoughts.placement import place
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.training.alarms import Watch
 from thinking_lm.training.checkpoint import CheckpointConfig, read_manifest, read_params
+from thinking_lm.training.checkpoint import load as read_step
 from thinking_lm.training.loop import Run, TrainConfig
-from thinking_lm.training.mesh import MeshConfig, device_faults, global_batch, make_mesh, shardings
+from thinking_lm.training.mesh import MeshConfig, device_faults, global_batch, make_mesh
 from thinking_lm.training.optimizer import OptimizerConfig, schedule_faults
+from thinking_lm.training.state import TrainState, create
 from thinking_lm.training.state import key as random_key
+from thinking_lm.training.state import shardings as state_shardings
 from thinking_lm.training.workdir import resolve
 from thinking_lm.types import Batch, Beside, Carried, Layout, Params, Thoughts, Trace
 
@@ -235,6 +239,10 @@ class Experiment:
     """The same experiment with other config sections, on the same data and model."""
     return dataclasses.replace(self, config=dataclasses.replace(self.config, **sections))
 
+  def with_config(self, config: ExperimentConfig) -> "Experiment":
+    """The same data under another config, whose model has the heads that this one asks for and no others."""
+    return dataclasses.replace(self, config=config, model=_model(config, self.data))
+
   def rethought(self, changes: Sequence[str]) -> "Experiment":
     """The same data and parameters with other options of the thought section, each as `name=value`.
 
@@ -293,9 +301,12 @@ def build(config: ExperimentConfig, rows: bool = True) -> Experiment:
 
 
 def _wired(config: ExperimentConfig, data: pipeline.Data) -> Experiment:
+  return Experiment(config, data, _model(config, data), _proxy(config.thought, data))
+
+
+def _model(config: ExperimentConfig, data: pipeline.Data) -> Model:
   heads = rules.heads(config.thought, config.objective, config.data)
-  model = Model(config.model, data.vocabulary.size, heads, config.thought.confidences, data.vocabulary.document)
-  return Experiment(config, data, model, _proxy(config.thought, data))
+  return Model(config.model, data.vocabulary.size, heads, config.thought.confidences, data.vocabulary.document)
 
 
 def _proxy(thought: ThoughtConfig, data: pipeline.Data) -> tuple[Model, Params] | None:
@@ -350,15 +361,27 @@ def load(
     raise ConfigError(f"{error} (the config of {path} says so; {flags} may name another place)") from error
   if averaged and not built.config.optimizer.ema:
     raise ConfigError(f"{path} has no averaged parameters: it was trained with optimizer.ema 0")
-  placed = jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    built.model.shapes,
-    shardings(built.axes, built.model.shapes, make_mesh(MeshConfig(data=1, fsdp=-1))),
-  )
-  step, params = read_params(path / "checkpoints", placed, averaged)
+  step, params = read_params(path / "checkpoints", _placed(built).params, averaged)
   manifest = read_manifest(path / "checkpoints" / str(step))
   if manifest.get("tokenizer", built.data.tokenizer.digest) != built.data.tokenizer.digest:
     raise ConfigError(f"{path} was trained with another tokenizer than {built.config.data.tokenizer}")
   if rows and manifest["identity"]["data"] != built.data.digest:
     logging.warning("these rows are not those of the run %s: its data says something else now, or is other data", path)
   return built, params, step
+
+
+def _placed(built: Experiment) -> TrainState:
+  """Parameters and what the objective carries, as ShapeDtypeStructs that are split over all devices that there are."""
+  carry_init = functools.partial(carry.init, built.config.objective)
+  abstract = jax.eval_shape(lambda params: create(params, optax.identity(), False, carry_init), built.model.shapes)
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    abstract,
+    state_shardings(abstract, built.axes, make_mesh(MeshConfig(data=1, fsdp=-1))),
+  )
+
+
+def carried(workdir: str, built: Experiment, step: int) -> dict[str, Any]:
+  """What the objective of a run carried at the step that `load` found; of a run that carries nothing, nothing."""
+  wanted = _placed(built).extra
+  return read_step(resolve(workdir) / "checkpoints" / str(step), wanted, "extra/") if wanted else {}

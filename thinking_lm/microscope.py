@@ -9,8 +9,10 @@ Each estimator draws --estimates gradients for the same --rows rows of the train
 and is compared with grad J, M and P: exact where every thought can be enumerated (vocabulary^length up to 4096; for
 persistent thoughts also to the power of the anchors of a row), else the mean of many gradients of an estimator with
 --reference_samples thoughts, whose standard error is printed, and whose grad M still has the bias of that many samples.
-Where a thought goes, what sees it, its length and its temperature are the run's. Prints tables, and writes JSON and (if
-matplotlib is there) a plot to DIR/microscope/ or to --output.
+Where a thought goes, what sees it, its length and its temperature are the run's. `own` is the run's objective as it
+stands; baselines and references with a past are those of the checkpoint. What these thoughts or a trained model without
+the heads cannot have is left out, with the reason. Prints tables for all parameters and by part of the model, and
+writes JSON and (if matplotlib is there) a plot to DIR/microscope/ or to --output.
 
 Of thoughts that are trained by parallel iterations, also how far their gradient is from that of the serial chain.
 
@@ -23,6 +25,7 @@ import importlib.util
 import pathlib
 import sys
 import time
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import config_flags
@@ -38,6 +41,7 @@ _TOY = flags.DEFINE_enum(
   "toy", None, ["bias", "bottleneck", "transformer", "bottleneck_transformer"], "A toy instead of a run or a config."
 )
 _ESTIMATORS = flags.DEFINE_list("estimators", None, "Lines of the tables; default: all.")
+_BOUNDS = flags.DEFINE_list("bounds", ["J", "M", "P"], "Whose gradients the estimators are compared with.")
 _ROWS = flags.DEFINE_integer("rows", 4, "Rows of the batch.", lower_bound=1)
 _SAMPLES = flags.DEFINE_integer("samples", 4, "G, thoughts of each anchor in an estimate.", lower_bound=1)
 _ESTIMATES = flags.DEFINE_integer("estimates", 64, "Estimates of each estimator.", lower_bound=16)
@@ -48,65 +52,100 @@ _OUTPUT = flags.DEFINE_string("output", None, "Directory of the result; default:
 _PLOT = flags.DEFINE_bool("plot", None, "Also draw microscope.png; default: if matplotlib is installed.")
 
 
-def _subject():
-  """(Experiment, parameters, step) of the command line."""
+class Subject(NamedTuple):
+  """What is looked at: an Experiment, its parameters, finished steps, and what its objective carries (carry.py)."""
+
+  run: Any
+  params: Any
+  step: int
+  extra: dict[str, Any]
+
+
+def _subject() -> Subject:
+  """That of the command line."""
+  import jax
+
   from thinking_lm import experiment
   from thinking_lm.analysis import toys
-  from thinking_lm.training import state
+  from thinking_lm.training import loop, mesh, warm
 
   if _WORKDIR.value:
-    return experiment.load(_WORKDIR.value, _AVERAGED.value)
+    built, params, step = experiment.load(_WORKDIR.value, _AVERAGED.value)
+    return Subject(built, params, step, experiment.carried(_WORKDIR.value, built, step))
   values = _CONFIG.value
   if _TOY.value:
     values = experiment.default_config()
     values.update_from_flattened_dict(toys.TRANSFORMER)
   built = experiment.build(experiment.parse(values))
-  return built, built.init(state.key(built.config.train.seed, "init")), 0
+  here = mesh.make_mesh(mesh.MeshConfig(data=1, fsdp=-1))
+  run = built.run(here)
+  with jax.set_mesh(here):
+    state = warm.first_state(run, loop.program(run, here))
+  return Subject(built, state.params, 0, state.extra)
 
 
-def _estimator(subject, changes, samples: int, step: int, rows: int):
+def _read_by(model, params):
+  """The parameters that a model with fewer heads has; no gradient for heads that learn from losses of their own."""
+  import jax
+
+  from thinking_lm.objectives.baselines import BASELINES
+  from thinking_lm.objectives.variates import VARIATES
+
+  taught = {member.head for member in (*BASELINES.values(), *VARIATES.values())}
+  heads = params.get("heads", {})
+  kept = {name: jax.lax.stop_gradient(heads[name]) if name in taught else heads[name] for name in model.heads}
+  return {name: leaf for name, leaf in params.items() if name != "heads"} | (dict(heads=kept) if kept else {})
+
+
+def _estimator(subject: Subject, changes, samples: int):
   """The microscope's Estimator of some settings over a run. Raises ConfigError with why it cannot be."""
   from thinking_lm import config as config_lib
   from thinking_lm import experiment, rules
   from thinking_lm.analysis import estimators, microscope, training
+  from thinking_lm.objectives import carry
   from thinking_lm.types import Carried
 
-  values = config_lib.to_config_dict(subject.config)
-  values.update_from_flattened_dict(estimators.settings(changes, subject.config.thought, samples))
+  run = subject.run
+  values = config_lib.to_config_dict(run.config)
+  values.update_from_flattened_dict(estimators.settings(changes, run.config.thought, samples))
   config = experiment.parse(values)
-  faults = rules.size_faults(config.objective, config.thought, subject.data)
+  faults = rules.size_faults(config.objective, config.thought, run.data)
+  faults += rules.head_faults(config.thought, config.objective, config.data, run.model)
   if faults:
     raise ConfigError(faults)
-  loss_fn = dataclasses.replace(subject, config=config).loss_fn
+  run, extra = run.with_config(config), carry.init(config.objective, subject.params)
+  extra |= {name: subject.extra[name] for name in extra.keys() & subject.extra.keys()}
   cost = training.training_flops(
-    config, subject.data.vocabulary.size, subject.data.sequence_length, subject.proxy and subject.proxy[0].config
+    config, run.data.vocabulary.size, run.data.sequence_length, run.proxy and run.proxy[0].config
   )
   return microscope.Estimator(
-    lambda params, batch, key: loss_fn(params, batch, key, Carried(step=step)),
-    cost / config.train.batch_size * rows,
-    draws=not config.objective.exact,
+    lambda params, batch, key: run.loss_fn(_read_by(run.model, params), batch, key, Carried(subject.step, extra)),
+    cost / config.train.batch_size * _ROWS.value,
+    draws=config.thought.random and not config.objective.exact,
   )
 
 
-def _references(subject, params, batch, step: int, key, progress):
+def _references(subject: Subject, batch, key):
   """bound -> Reference: exact where possible, else of many samples; with why, where a bound cannot be had at all."""
   from thinking_lm.analysis import estimators, microscope
 
   found, refused = {}, {}
-  for bound, exact in estimators.REFERENCES.items():
-    progress(f"grad {bound}", len(found) + len(refused), len(estimators.REFERENCES))
+  for number, bound in enumerate(_BOUNDS.value):
+    _progress(f"grad {bound}", number, len(_BOUNDS.value))
     try:
       try:
-        one = _estimator(subject, exact, 1, step, _ROWS.value)
+        one = _estimator(subject, estimators.REFERENCES[bound], 1)
       except ConfigError as error:
         G, changes = _REFERENCE.value, estimators.SAMPLED_REFERENCES[bound]
-        one = _estimator(subject, changes, G, step, _ROWS.value)
+        one = _estimator(subject, changes, G)
         how = f"mean of {_ESTIMATES.value} estimates with G = {G} ({error})"
-        found[bound] = microscope.averaged(microscope.moments(one, params, batch, key, _ESTIMATES.value), how)
+        found[bound] = microscope.averaged(microscope.moments(one, subject.params, batch, key, _ESTIMATES.value), how)
       else:
-        found[bound] = microscope.exact(microscope.moments(one, params, batch, key, 1), "exact, by enumeration")
+        found[bound] = microscope.exact(microscope.moments(one, subject.params, batch, key, 1), "exact, by enumeration")
     except ConfigError as error:
       refused[f"grad {bound}"] = str(error)
+  if not found:
+    raise ConfigError([f"there is no {bound}: {why}" for bound, why in refused.items()])
   return found, refused
 
 
@@ -115,7 +154,7 @@ def _progress(name: str, done: int, total: int) -> None:
     print(f"microscope: {done + 1}/{total} {name}", file=sys.stderr, flush=True)
 
 
-def measure(subject, params, step: int, names) -> dict:
+def measure(subject: Subject, names) -> dict:
   """Everything that is printed and written, as JSON values."""
   import jax
   import jax.numpy as jnp
@@ -124,25 +163,26 @@ def measure(subject, params, step: int, names) -> dict:
   from thinking_lm.analysis.iterated import iterated
   from thinking_lm.training import state
 
-  if not subject.config.thought.length:
+  run, params = subject.run, subject.params
+  if not run.config.thought.length:
     raise ConfigError("there are no thoughts: thought.length is 0")
-  batch = jax.tree.map(jnp.asarray, next(subject.data.batches("train", global_batch=_ROWS.value)))
+  batch = jax.tree.map(jnp.asarray, next(run.data.batches("train", global_batch=_ROWS.value)))
   key = state.key(_SEED.value, "evaluate")
-  told = iterated(subject, params, batch, step, key)
-  references, refused = _references(subject, params, batch, step, jax.random.fold_in(key, 0), _progress)
+  told = iterated(run, params, batch, subject.step, key)
+  references, refused = _references(subject, batch, jax.random.fold_in(key, 0))
   chosen = {}
   for name in names:
     try:
-      chosen[name] = _estimator(subject, estimators.ESTIMATORS[name], _SAMPLES.value, step, _ROWS.value)
+      chosen[name] = _estimator(subject, estimators.ESTIMATORS[name], _SAMPLES.value)
     except ConfigError as error:
       refused[name] = "; ".join(error.faults)
   result = microscope.examine(
     chosen, references, params, batch, jax.random.fold_in(key, 1), _ESTIMATES.value, _progress
   )
   settings = dict(rows=_ROWS.value, samples=_SAMPLES.value, estimates=_ESTIMATES.value, seed=_SEED.value)
-  thought = dataclasses.asdict(subject.config.thought)
+  thought = dataclasses.asdict(run.config.thought)
   return dict(
-    settings | dict(step=step, thought=thought, refused=refused),
+    settings | dict(step=subject.step, thought=thought, refused=refused),
     iterated=told,
     references=microscope.describe(references),
     estimators=result,
@@ -185,13 +225,17 @@ def main(argv) -> None:
     print(toys.TOYS[_TOY.value]())
     return
   names = _ESTIMATORS.value or list(estimators.ESTIMATORS)
-  for name in names:
-    if name not in estimators.ESTIMATORS:
-      raise UsageError(f"unknown estimator {name!r}; known: {', '.join(estimators.ESTIMATORS)}")
+  for what, given, known in (
+    ("estimator", names, estimators.ESTIMATORS),
+    ("bound", _BOUNDS.value, estimators.REFERENCES),
+  ):
+    for name in given:
+      if name not in known:
+        raise UsageError(f"unknown {what} {name!r}; known: {', '.join(known)}")
   began = time.monotonic()
-  subject, params, step = _subject()
-  found = measure(subject, params, step, names)
-  thought = subject.config.thought
+  subject = _subject()
+  found = measure(subject, names)
+  thought, step = subject.run.config.thought, subject.step
   what = f"{thought.length} think tokens, {thought.topology}, {thought.placement}"
   print(f"step {step}; thoughts: {what}; {_ROWS.value} rows, G = {_SAMPLES.value}, {_ESTIMATES.value} estimates each")
   print(f"{time.monotonic() - began:.0f} s\n\n{microscope_report.table(found)}")

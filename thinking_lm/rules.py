@@ -29,6 +29,13 @@ def heads(thought: ThoughtConfig, goal: ObjectiveConfig, data) -> tuple[str, ...
   return verdict + tuple(name for name in wanted if name)
 
 
+def head_faults(thought: ThoughtConfig, goal: ObjectiveConfig, data, model) -> list[str]:
+  """What a trained model has no head for; data: the config section."""
+  missing = sorted(set(heads(thought, goal, data)) - set(model.heads))
+  what = "these thoughts and this objective need heads that this run has not trained"
+  return [f"{what}: {', '.join(missing)}"] if missing else []
+
+
 def room_faults(thought: ThoughtConfig, T: int, aligned: int) -> list[str]:
   """Rows of T tokens (0: as long as the data's; aligned: see `placement.place`) into which not one thought fits."""
   sound = thought.length and T and thought.placement in PLACEMENTS and not thought.faults()
@@ -83,9 +90,7 @@ def rethought_faults(thought: ThoughtConfig, config, data, model) -> list[str]:
   """
   found = answer_faults(thought, config.data) + label_faults(thought, config.data)
   found += room_faults(thought, data.sequence_length, data.aligned)
-  missing = sorted(set(heads(thought, config.objective, config.data)) - set(model.heads))
-  if missing:
-    found.append(f"these thoughts need heads that this run has not trained: {', '.join(missing)}")
+  found += head_faults(thought, config.objective, config.data, model)
   if thought.confidences not in (0, model.confidences):
     found.append(
       f"these thoughts report one of {thought.confidences} confidences (thought.bins), this run was trained with "

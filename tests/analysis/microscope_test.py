@@ -1,5 +1,6 @@
 """The microscope on estimators whose bias and noise are known, and its command on a tiny model."""
 
+import copy
 import json
 import pathlib
 import subprocess
@@ -13,12 +14,16 @@ import pytest
 from tests import quick
 from tests.evaluation import harness
 from tests.model.problem import relative
+from thinking_lm import experiment
 from thinking_lm.analysis import estimators, microscope
 from thinking_lm.analysis.iterated import iterated
 from thinking_lm.analysis.microscope import Estimator
 from thinking_lm.analysis.microscope_report import table
 from thinking_lm.metrics import Mean
+from thinking_lm.objectives.advantages import ADVANTAGES
 from thinking_lm.thoughts.spec import ThoughtConfig
+from thinking_lm.training import loop
+from thinking_lm.training.state import digest
 from thinking_lm.types import Carried
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -95,9 +100,11 @@ def test_a_reference_that_was_drawn_has_an_error_that_is_no_bias(reference):
 def test_parts_are_told_by_the_names_of_parameters():
   from thinking_lm.model.decoder import Model, ModelConfig
 
-  shapes = Model(ModelConfig(layers=1, width=8, heads=2, qk_norm=True, tie_embeddings=False), 5).shapes
-  parts = {microscope.part_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)}
-  assert parts == set(microscope.PARTS)
+  config = ModelConfig(layers=1, width=8, heads=2, qk_norm=True, tie_embeddings=False)
+  shapes = Model(config, 5, heads=("value",)).shapes
+  parts = {path: microscope.part_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)}
+  assert set(parts.values()) == set(microscope.PARTS)
+  assert all((path[0].key == "heads") == (part == "heads") for path, part in parts.items())
 
 
 def test_an_estimator_changes_the_gradient_and_not_the_thought():
@@ -105,7 +112,33 @@ def test_an_estimator_changes_the_gradient_and_not_the_thought():
   for name, changes in estimators.ESTIMATORS.items():
     found = estimators.settings(changes, thought, 4)
     assert not {"thought.length", "thought.placement", "thought.stride", "thought.topology"} & set(found), name
-    assert found["thought.lookahead"] == 0 and found["thought.samples"] == (1 if name == "exact" else 4)
+    assert name == "own" or found["thought.lookahead"] == 0
+    assert name == "own" or found["thought.samples"] == (1 if name == "exact" else 4)
+  assert estimators.settings(estimators.ESTIMATORS["own"], thought, 4) == {"train.updates": 1}
+
+
+def test_every_baseline_has_a_line():
+  lines = [changes or {} for changes in estimators.ESTIMATORS.values()]
+  assert {changes.get("objective.advantage") for changes in lines} >= ADVANTAGES.keys() - {"leave_one_out"}
+
+
+def test_rows_are_looked_at_once_however_many_updates_the_run_makes():
+  values = harness.config(thought=harness.THOUGHT, objective=dict(score_weight=1.0), train=dict(updates=3))
+  thought = experiment.parse(values).thought
+  for changes in (*estimators.REFERENCES.values(), *estimators.ESTIMATORS.values()):
+    one = copy.deepcopy(values)
+    one.update_from_flattened_dict(estimators.settings(changes, thought, 4))
+    assert experiment.parse(one).train.updates == 1
+
+
+def test_the_model_is_split_into_parts_for_every_bound():
+  number = dict.fromkeys(microscope.NUMBERS, 1.0)
+  one = dict(effective_samples=None, flat_groups=None, against={b: dict(all=number, mlp=number) for b in "MP"})
+  reference = dict(how="by hand", norm=1.0, standard_error=0.25)
+  found = dict(references=dict.fromkeys("MP", reference), estimators=dict(hybrid=one), refused={}, iterated=None)
+  shown = table(found)
+  assert "by part of the model, against grad M" in shown and "by part of the model, against grad P" in shown
+  assert "|g| 1, standard error 0.25" in shown
 
 
 def test_the_gradient_of_parallel_iterations_is_held_against_the_serial_one():
@@ -141,17 +174,50 @@ def command(*flags):
 
 
 def test_the_command_measures_a_real_decoder(tmp_path):
-  flags = ["--toy=transformer", "--rows=1", "--estimates=64", "--estimators=hybrid,nll_only,rebar", "--plot=false"]
+  flags = [
+    "--toy=transformer",
+    "--rows=1",
+    "--estimates=64",
+    "--estimators=hybrid,nll_only,ema,rebar,value",
+    "--plot=false",
+  ]
   code, out, said = command(*flags, f"--output={tmp_path}")
   assert code == 0, said
   assert "against g = grad M, exact, by enumeration" in out and "left out rebar: " in out and "got length 2" in out
-  assert "microscope: 2/2 nll_only" in said
+  assert "left out value: these thoughts and this objective need heads that this run has not trained: value" in out
+  assert "microscope: 2/3 nll_only" in said
   found = json.loads((tmp_path / "microscope-0.json").read_text())
   against_J = {name: one["against"]["J"]["all"] for name, one in found["estimators"].items()}
-  assert set(against_J) == {"hybrid", "nll_only"} and against_J["hybrid"]["std"] > 0
+  assert set(against_J) == {"hybrid", "nll_only", "ema"} and against_J["hybrid"]["std"] > 0
   assert against_J["nll_only"]["bias"] > 2 * against_J["hybrid"]["bias"]
   assert found["estimators"]["hybrid"]["flops"] > found["estimators"]["nll_only"]["flops"] / 2 > 0
   assert 1 <= found["estimators"]["hybrid"]["effective_samples"] <= 4
+
+
+PAST = dict(score_weight=1.0, advantage="value", baseline_decay=0.5, kl_weight=0.1)
+
+
+def test_a_trained_run_with_a_past_and_too_many_thoughts_to_enumerate(tmp_path):
+  """Its running mean, its value head and its reference are those of the checkpoint; what is drawn tells its error."""
+  values = harness.config(thought=harness.THOUGHT | dict(length=5), objective=PAST)
+  built = experiment.build(experiment.parse(values))
+  last = loop.train(built.run(), str(tmp_path))
+  assert digest(experiment.carried(str(tmp_path), built, 2)) == digest(last.extra)
+  flags = ["--rows=1", "--samples=2", "--estimates=16", "--reference_samples=3", "--bounds=J"]
+  code, out, said = command(f"--workdir={tmp_path}", *flags, "--estimators=own,ema")
+  assert code == 0, said
+  file = tmp_path / "microscope" / "microscope-2.json"
+  assert f"written: {file}" in out and file.with_suffix(".png").stat().st_size > 1000
+  found = json.loads(file.read_text())
+  reference = found["references"]["J"]
+  assert reference["how"].startswith("mean of 16 estimates with G = 3 (exact sums over every thought, at most 4096")
+  assert 0 < reference["standard_error"] < 10 * reference["norm"]
+  line = next(line for line in out.splitlines() if line.startswith("against g = grad J"))
+  assert line.endswith(f"standard error {reference['standard_error']:.3g}")
+  against = {name: one["against"]["J"] for name, one in found["estimators"].items()}
+  assert set(against) == {"own", "ema"}
+  assert against["ema"]["all"]["std"] < against["own"]["all"]["std"] / 2  # whose value head is as good as untaught
+  assert against["own"]["heads"] == dict.fromkeys(microscope.NUMBERS)  # what teaches the value head estimates no J
 
 
 def test_what_is_wrong_is_said_in_one_line():

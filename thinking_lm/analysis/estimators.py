@@ -11,27 +11,39 @@ from thinking_lm.objectives.objective import ObjectiveConfig
 
 SCORE = {"objective.score_weight": 1.0}
 
-ESTIMATORS: dict[str, dict[str, Any]] = dict(
+ESTIMATORS: dict[str, dict[str, Any] | None] = dict(
+  own=None,
   hybrid=SCORE,
   reinforce=SCORE | {"objective.advantage": "none"},
   nll_only={},
   score_only=SCORE | {"objective.nll_weight": 0.0},
+  mean=SCORE | {"objective.advantage": "mean"},
   rlp=SCORE | {"objective.nll_weight": 0.0, "objective.advantage": "rlp"},
   quiet_star=SCORE | {"objective.advantage": "quiet_star"},
   grpo=SCORE | {"objective.advantage": "grpo"},
+  dr_grpo=SCORE | {"objective.advantage": "dr_grpo"},
+  dapo=SCORE | {"objective.nll_weight": 0.0, "objective.advantage": "dapo"},
+  ema=SCORE | {"objective.advantage": "ema"},
+  value=SCORE | {"objective.advantage": "value"},
+  greedy=SCORE | {"objective.advantage": "greedy"},
   vimco=SCORE | {"objective.bound": "M", "objective.advantage": "vimco"},
   jepo=SCORE | {"objective.bound": "M", "objective.advantage": "jepo"},
   verifree=SCORE | {"objective.bound": "P", "objective.reward": "prob"},
   gumbel={"thought.kind": "gumbel"},
+  noisy=SCORE | {"thought.kind": "noisy"},
   rebar=SCORE | {"objective.control": 0.4, "thought.relaxation": 2.0},
+  relax=SCORE | {"objective.control": 1.0, "objective.variate": "relax", "thought.relaxation": 0.5},
   exact={"objective.exact": True},
 )
-"""name -> what it sets.
+"""name -> what it sets; None: nothing.
 
+own: the run's objective and thoughts as they stand, with its own number of samples; the first of several updates.
 hybrid: both terms of grad J, leave-one-out. reinforce: the same without a baseline. nll_only, score_only: one term of
-it. rlp: RLP's score term (the numbers of score_only). quiet_star, grpo: its clamp and its z-score, with the NLL term.
-vimco, jepo: both terms of bound M. verifree: of bound P. gumbel: straight-through. rebar: hybrid with a control variate
-through the relaxed sample. exact: grad J summed over every thought: what the others estimate.
+it. mean, grpo, dr_grpo, ema, value, greedy: hybrid with another baseline or scale; ema takes the running mean of
+rewards that the run carries, and without one is reinforce. quiet_star: its clamp, with the NLL term. rlp, dapo: score
+terms alone (rlp has the numbers of score_only). vimco, jepo: both terms of bound M. verifree: of bound P. gumbel:
+straight-through. noisy: hybrid over mixtures with noise, whose J is one of its own. rebar, relax: hybrid with a control
+variate through the relaxed sample, or of a head. exact: grad J summed over every thought: what the others estimate.
 """
 
 REFERENCES = dict(
@@ -45,13 +57,17 @@ SAMPLED_REFERENCES = dict(J=ESTIMATORS["hybrid"], M=ESTIMATORS["jepo"], P=ESTIMA
 """What is compared with elsewhere, with many samples; that of M has a bias of its own, of order 1 / samples."""
 
 
-def settings(changes: dict[str, Any], thought, samples: int) -> dict[str, Any]:
+def settings(changes: dict[str, Any] | None, thought, samples: int) -> dict[str, Any]:
   """Every option that an estimator sets, over a run with this ThoughtConfig, as a flat dict.
 
+  Rows are drawn and looked at once, however many updates the run makes on them.
   Persistent thoughts are paid by the rest of their document, whatever look-ahead they were trained with: with a shorter
   one no estimator is one of J.
   """
-  found = {f"objective.{field.name}": field.default for field in dataclasses.fields(ObjectiveConfig)}
+  once = {"train.updates": 1}
+  if changes is None:
+    return once
+  found = once | {f"objective.{field.name}": field.default for field in dataclasses.fields(ObjectiveConfig)}
   found |= {
     **{"thought.kind": "sampled", "thought.relaxation": 0.0, "thought.top_k": 0, "thought.rescore": True},
     **{"thought.temperature_end": 0.0, "thought.temperature_steps": 0, "thought.answer": 0},

@@ -20,13 +20,14 @@ GROUPS = 8
 """K, into how many groups the estimates are split."""
 
 PARTS = dict(
+  heads=("heads",),
   attention=("query", "key", "value", "out"),
   mlp=("gate", "up", "down"),
   norm=("attention_norm", "mlp_norm", "final_norm", "query_norm", "key_norm"),
   embedding=("embedding",),
   head=("head",),
 )
-"""Part of the model -> names of its parameters; whatever has another name is part `other`."""
+"""Part of the model -> names on the paths of its parameters, the first that fits; whatever has none is part `other`."""
 
 
 class Estimator(NamedTuple):

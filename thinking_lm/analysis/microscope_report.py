@@ -41,9 +41,8 @@ def _against(bound: str, reference: Mapping[str, Any], result: Mapping[str, Any]
   return f"against g = grad {bound}, {reference['how']}; |g| {number(reference['norm'])}{error}\n{aligned(rows)}"
 
 
-def _by_part(result: Mapping[str, Any]) -> str:
+def _by_part(bound: str, result: Mapping[str, Any]) -> str:
   names = parts(result)
-  bound = "J"
   rows = [["bias / std", *names]]
   for name, found in result.items():
     cells = [found["against"][bound].get(part) for part in names]
@@ -65,7 +64,7 @@ def _iterated(found: Mapping[str, Any]) -> str:
 def table(found: Mapping[str, Any]) -> str:
   """All of a result as text."""
   blocks = [_against(bound, reference, found["estimators"]) for bound, reference in found["references"].items()]
-  blocks.append(_by_part(found["estimators"]))
+  blocks += [_by_part(bound, found["estimators"]) for bound in found["references"]]
   if found["iterated"]:
     blocks.append(_iterated(found["iterated"]))
   if found["refused"]:
