@@ -217,7 +217,7 @@ class Experiment:
     if not c.thought.length:
       return None
     half = c.model.compute_dtype != "float32"
-    found = health_rules(c.health, self.data.vocabulary.size, half, c.thought.kind_of.policy)
+    found = health_rules(c.health, self.data.vocabulary.size, half, c.thought.kind_of.policy, c.thought.samples)
     return Watch(found, History, c.health.patience)
 
   def _examinations(self, put) -> tuple[Examination, ...]:
@@ -226,7 +226,7 @@ class Experiment:
     if not c.thought.length or not 0 < c.health.every <= c.train.steps:
       return ()
     terms = {}
-    if goal.score_weight and goal.nll_weight:
+    if goal.score_weight and (goal.nll_weight or goal.base_weight):
       alone = dict(nll_grad_norm=dict(score_weight=0.0), score_grad_norm=dict(nll_weight=0.0, base_weight=0.0))
       for name, change in alone.items():
         terms[name] = self.with_sections(

@@ -11,7 +11,7 @@ import pytest
 from tests.evaluation import harness
 from thinking_lm import experiment
 from thinking_lm.errors import DivergedError
-from thinking_lm.evaluation.health import Examination, effective_rank
+from thinking_lm.evaluation.health import Examination, effective_rank, percentile
 from thinking_lm.objectives.health import HealthConfig, History, rules
 from thinking_lm.training import loop
 from thinking_lm.training.state import TrainState
@@ -55,6 +55,7 @@ def test_a_model_that_ignores_its_thoughts_shows_no_effect():
   found = examine(subject, params)
   assert found["effect_none"] == pytest.approx(0, abs=1e-6)
   assert found["effect_shuffled"] == pytest.approx(0, abs=1e-6)
+  assert found["effect_pause"] == pytest.approx(0, abs=1e-6)
   assert found["thought_rank"] == 0
 
 
@@ -120,6 +121,18 @@ def test_rank_counts_directions():
   line[0] = 1e3
   valid_BN[0] = False
   assert effective_rank(line, valid_BN) == pytest.approx(1, rel=1e-3)
+
+  same = np.full((40, 50, 6), 1 / 3, np.float32)
+  same[1:] *= 1 + 1e-7
+  assert effective_rank(same, np.ones((40, 50), bool)) == 0
+
+
+def test_a_percentile_is_of_the_valid_values():
+  values_BN = np.arange(40).reshape(4, 10)
+  valid_BN = values_BN % 2 == 0  # 0, 2, ... 38
+  assert percentile(values_BN, valid_BN, 0.95) == 36
+  assert percentile(values_BN, values_BN == 7, 0.95) == 7
+  assert percentile(values_BN, values_BN < 0, 0.95) == 0
 
 
 def runs(tmp_path, rate=1e-3, **health):

@@ -70,6 +70,26 @@ def test_one_token_over_and_over_is_a_repetition_up_to_the_stop():
   assert read("repeated_tokens", trace(one, used=1), thought(length=1)) == pytest.approx(1 / 2)
 
 
+@pytest.mark.parametrize(
+  "tokens,used,expected",
+  [
+    ("ababab", 6, 3 / 4),
+    ("aaaaaa", 6, 1),
+    ("abcdef", 6, 0),
+    ("abcabc", 6, 1 / 2),
+    ("abacad", 6, 0),
+    ("ababab", 4, 1 / 2),
+    ("ababab", 1, 0),
+    ("abcaba", 6, 1 / 4),
+  ],
+)
+def test_pairs_of_tokens_that_stood_before_are_circles_up_to_the_stop(tokens, used, expected):
+  tokens = np.broadcast_to([ord(letter) for letter in tokens], (B, G, N, 6))
+  found = SIGNS["repeated_pairs"].of(trace(tokens, used=used), thought(length=6))
+  assert float(found) == pytest.approx(expected) and float(found.count) == B * G * N * max(used - 2, 0)
+  assert not SIGNS["repeated_pairs"].needs(thought(length=5)), "too short to tell"
+
+
 def test_a_group_that_thinks_one_thing_has_one_distinct_thought():
   tokens = np.array(trace().thoughts.tokens_BGNJ)
   tokens[:] = tokens[:, :1]
@@ -98,7 +118,8 @@ def test_latents_that_stand_still_have_cosine_one(length):
 HEALTHY = dict(
   think_entropy=2.0, empty_thoughts=0.1, full_thoughts=0.3, repeated_tokens=0.1, successive_cosine=0.5, flat_groups=0.2,
   kl=0.01, nll_grad_norm=1.0, score_grad_norm=0.5, sampler_mismatch=1e-6, effect_none=0.2, reward=-2.0,
-  length_reward=0.1, chain_grad_first=0.1, chain_grad_last=2.0,
+  length_reward=0.1, chain_grad_first=0.1, chain_grad_last=2.0, repeated_pairs=0.1, distinct_thoughts=0.9,
+  thought_rank=3.0, approx_kl=0.01, clip_fraction=0.1, effect_shuffled=0.15, effect_pause=0.1,
 )  # fmt: skip
 FAILURES = dict(
   entropy_low=dict(think_entropy=0.5),
@@ -107,21 +128,27 @@ FAILURES = dict(
   empty=dict(empty_thoughts=0.9),
   full=dict(full_thoughts=0.6),
   repeated=dict(repeated_tokens=0.95),
+  looped=dict(repeated_pairs=0.75),
+  distinct=dict(distinct_thoughts=0.3),
+  rank=dict(thought_rank=0.0),
   alike=dict(successive_cosine=0.9995),
   flat=dict(flat_groups=0.95),
   lengthy=dict(length_reward=0.95),
   drift=dict(kl=0.2),
+  leap=dict(approx_kl=0.2),
+  clipped=dict(clip_fraction=0.6),
   gradients=dict(score_grad_norm=1e-4),
   chain=dict(chain_grad_first=1e-3),
   mismatch=dict(sampler_mismatch=1e-3),
   effect=dict(effect_none=-0.01, reward=-1.0),
+  content=dict(effect_shuffled=0.01),
 )
 
 
 def alarms_of(rows, config=None):
   """Names of the alarms that a run raises."""
   config = config or HealthConfig()
-  watch, found = Watch(rules(config, 40, False), History, config.patience), {}
+  watch, found = Watch(rules(config, 40, False, samples=G), History, config.patience), {}
   for step, row in enumerate(rows):
     found |= watch(step, row)
   return {name.removeprefix("alarm_") for name, raised in found.items() if raised}
@@ -159,6 +186,18 @@ def test_pay_for_length_is_a_correlation(slope, expected):
 def test_a_reward_that_rises_with_an_effect_is_fine_and_so_is_no_effect_without_reward():
   assert alarms_of([HEALTHY] + [HEALTHY | dict(reward=-1.0)] * 5) == set()
   assert alarms_of([HEALTHY] + [HEALTHY | dict(effect_none=-0.1, reward=-3.0)] * 5) == set()
+
+
+def test_a_gain_must_hang_on_the_content_of_thoughts_once_there_is_one():
+  assert alarms_of([HEALTHY | dict(effect_pause=-0.1)] * 3) == {"content"}
+  assert alarms_of([HEALTHY | dict(effect_none=0.009, effect_shuffled=0.0)] * 3) == set()
+  assert alarms_of([HEALTHY | dict(effect_none=-1.0, effect_shuffled=-1.0)] * 3) == set()
+
+
+@pytest.mark.parametrize("samples", [2, 8])
+def test_one_thought_in_a_group_is_too_few_however_large_the_group(samples):
+  rule = rules(HealthConfig(), 40, False, samples=samples)["distinct"]
+  assert rule.broken(1 / samples) and not rule.broken(1.2 / samples if samples < 8 else 2 / samples)
 
 
 def test_thoughts_without_a_policy_have_no_entropy_to_lose():

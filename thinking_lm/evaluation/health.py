@@ -1,14 +1,17 @@
 """A look at the thoughts of a model in training, every so many steps: what one step's numbers cannot tell.
 
-effect_none, effect_shuffled: nats per target that it costs to leave the thoughts out, or to put another sequence's in
-their place: 0 or less, and the content of the thoughts does nothing. sampler_mismatch, sampler_mismatch_mean: largest
-and mean absolute difference between the log-probabilities of a drawn think token as training draws it, one slot after
-the other, and as a parallel pass over the tokens scores it, in nats. A private thought is trained on the former
-(`model/replay.py`), a persistent one on the latter.
-nll_grad_norm, score_grad_norm: norms of the two terms' gradients, as weighted. chain_grad_first, chain_grad_last: norms
-of the gradient, in nats per target, that reaches the first and the last think token of thoughts whose tokens are made
-one from another; of one-token thoughts that stay in the context, of the first and the last in a row. thought_rank:
-effective dimensions of the last think inputs, (sum of variances)^2 / sum of squared covariances.
+effect_none, effect_shuffled, effect_pause: nats per target that it costs to leave the thoughts out, to put another
+sequence's in their place, or pauses: where the first is a gain and another is none, it is not the content of the
+thoughts that gains. think_length_p95: think tokens that 95 % of the thoughts need no more than, for thoughts that can
+end by themselves (metrics of training are sums over rows, which a percentile is not). sampler_mismatch,
+sampler_mismatch_mean: largest and mean absolute difference between the log-probabilities of a drawn think token as
+training draws it, one slot after the other, and as a parallel pass over the tokens scores it, in nats; a private
+thought is trained on the former (`model/replay.py`), a persistent one on the latter. nll_grad_norm, score_grad_norm:
+norms of the two terms' gradients, as weighted, the former with that of the targets without thoughts; where one of them
+has no weight there is nothing to compare. chain_grad_first, chain_grad_last: norms of the gradient, in nats per target,
+that reaches the first and the last think token of thoughts whose tokens are made one from another; of one-token
+thoughts that stay in the context, of the first and the last in a row. thought_rank: effective dimensions of the last
+think inputs, (sum of variances)^2 / sum of squared covariances.
 """
 
 import dataclasses
@@ -20,10 +23,13 @@ import jax.numpy as jnp
 import optax
 
 from thinking_lm.errors import ConfigError
-from thinking_lm.evaluation.controls import Source, counted, shuffled
+from thinking_lm.evaluation.controls import Source, counted, pause, shuffled
 from thinking_lm.evaluation.evaluators import Subject
 from thinking_lm.objectives.bounds import BOUNDS
 from thinking_lm.types import Batch, Carried, Params, Trace
+
+ROUNDING = 1e-10
+"""Variance of vectors, as a share of their squared mean, up to which they are the same: float32 has steps of 1e-7."""
 
 
 class Examination:
@@ -80,20 +86,32 @@ class Examination:
     roll, thought = self._subject.rollout, self._thought
     own = roll(params, batch, self._key, thought=thought)
     every_BT = batch.weights_BT
-    nats = lambda trace, weights_BT: -jnp.sum(trace.logp_BGT[:, 0] * weights_BT) / jnp.maximum(weights_BT.sum(), 1)
     without = roll(params, batch, self._key, thought=dataclasses.replace(thought, length=0))
-    found = dict(effect_none=nats(without, every_BT) - nats(own, every_BT))
+    found = dict(effect_none=_nats(without, every_BT) - _nats(own, every_BT))
+    if thought.may_end:
+      found["think_length_p95"] = percentile(own.used_BGN[:, 0], own.valid_BN, 0.95)
     if thought.kind == "pause":
       return found
-    found |= self._chain(params, batch, own)
-    other, changed_BN = shuffled(self._source(own))
-    kept_BT = counted(batch, self._subject.place(params, batch, thought), changed_BN, thought.topology) * every_BT
-    replaced = roll(params, batch, self._key, given=other, thought=thought)
-    found["effect_shuffled"] = nats(replaced, kept_BT) - nats(own, kept_BT)
-    found["thought_rank"] = effective_rank(own.thoughts.inputs_BGNJD[:, 0, :, -1], own.valid_BN)
+    found |= self._chain(params, batch, own) | self._replaced(params, batch, own)
+    used_BN = own.used_BGN[:, 0]
+    last_BN11 = jnp.maximum(used_BN - 1, 0)[..., None, None]
+    last_BND = jnp.take_along_axis(own.thoughts.inputs_BGNJD[:, 0], last_BN11, axis=2)[:, :, 0]
+    found["thought_rank"] = effective_rank(last_BND, own.valid_BN & (used_BN > 0))
     if thought.kind_of.policy:
       found |= self._mismatch(params, batch, own)
     return found
+
+  def _replaced(self, params: Params, batch: Batch, own: Trace) -> dict[str, jax.Array]:
+    """What other thoughts in place of `own` cost, side by side as two samples of one pass."""
+    thought, source = self._thought, self._source(params, own)
+    (other, changed_BN), (empty, _) = shuffled(source), pause(source)
+    given = jax.tree.map(lambda *a: jnp.concatenate(a, axis=1), other, empty)
+    two = dataclasses.replace(thought, samples=2)
+    trace = self._subject.rollout(params, batch, self._key, given=given, thought=two)
+    layout, every_BT = self._subject.place(params, batch, thought), batch.weights_BT
+    kept_BT = counted(batch, layout, changed_BN, thought.topology) * every_BT
+    cost = lambda sample, weights_BT: _nats(trace, weights_BT, sample) - _nats(own, weights_BT)
+    return dict(effect_shuffled=cost(0, kept_BT), effect_pause=cost(1, every_BT))
 
   def _mismatch(self, params: Params, batch: Batch, own: Trace) -> dict[str, jax.Array]:
     """How far log pi of the tokens of `own` as they are drawn is from what scoring them gives."""
@@ -123,20 +141,36 @@ class Examination:
       first, last = grads_BNnD[:, 0], jnp.take_along_axis(grads_BNnD, at_B[:, None, None, None], axis=1)
     return dict(chain_grad_first=optax.tree.norm(first), chain_grad_last=optax.tree.norm(last))
 
-  def _source(self, trace) -> Source:
+  def _source(self, params: Params, trace: Trace) -> Source:
     """Thoughts to be shuffled within the batch alone: nothing comes before it."""
+    decoder = self._subject.model.bind(params)
     nobody = jax.tree.map(lambda a: jnp.zeros((1, *a.shape[1:]), a.dtype), trace.thoughts)
-    no_pause_D = jnp.zeros(trace.thoughts.inputs_BGNJD.shape[-1])
-    return Source(trace.thoughts, trace.valid_BN, no_pause_D, nobody, jnp.zeros(trace.valid_BN.shape[1], bool))
+    no_row_N = jnp.zeros(trace.valid_BN.shape[1], bool)
+    return Source(trace.thoughts, trace.valid_BN, decoder.embed(decoder.pause), nobody, no_row_N)
+
+
+def _nats(trace: Trace, weights_BT, sample: int = 0) -> jax.Array:
+  """Per target, of one of the samples."""
+  return -jnp.sum(trace.logp_BGT[:, sample] * weights_BT) / jnp.maximum(weights_BT.sum(), 1)
+
+
+def percentile(values_BN, valid_BN, share: float) -> jax.Array:
+  """The smallest of the valid values that so large a share of them does not exceed; 0 if there are none."""
+  ordered_X = jnp.sort(jnp.where(valid_BN, values_BN, jnp.inf), axis=None)
+  count = valid_BN.sum()
+  at = jnp.maximum(jnp.ceil(share * count).astype(jnp.int32) - 1, 0)
+  return jnp.where(count > 0, ordered_X[at], 0.0)
 
 
 def effective_rank(inputs_BND, valid_BN) -> jax.Array:
   """(sum of variances)^2 / (sum of squared covariances) of the valid vectors: 1 on a line, D when all directions are
-  alike (participation ratio); 0 for fewer than two different vectors.
+  alike (participation ratio); 0 for vectors that are the same, up to rounding.
   """
   weights_BN = valid_BN.astype(jnp.float32)
   count = jnp.maximum(weights_BN.sum(), 1)
   mean_D = jnp.einsum("bn,bnd->d", weights_BN, inputs_BND) / count
   centred_BND = (inputs_BND - mean_D) * weights_BN[..., None]
   covariance_DD = jnp.einsum("bnd,bne->de", centred_BND, centred_BND, precision="highest") / count
-  return jnp.trace(covariance_DD) ** 2 / jnp.maximum(jnp.sum(covariance_DD**2), 1e-30)
+  spread = jnp.trace(covariance_DD)
+  ratio = spread**2 / jnp.maximum(jnp.sum(covariance_DD**2), 1e-30)
+  return jnp.where(spread > ROUNDING * jnp.sum(mean_D**2), ratio, 0.0)

@@ -34,16 +34,33 @@ class HealthConfig:
   empty: float = option(0.8, "warn: share of thoughts that stop before their first token", low=0, high=1)
   full: float = option(0.5, "warn: share of thoughts that never stop by themselves", low=0, high=1)
   repeated: float = option(0.9, "warn: share of think tokens that repeat the one before", low=0, high=1)
+  looped: float = option(
+    0.7, "warn: share of pairs of successive think tokens that stood in the same thought before", low=0, high=1
+  )
+  distinct: float = option(
+    0.1, "warn: different thoughts of a group beyond the first, as a share of the most there can be", low=0, high=1
+  )
+  rank: float = option(
+    0.5, "warn: effective dimensions of thoughts fall below; only equal ones have less than 1", low=0
+  )
   alike: float = option(0.999, "warn: cosine of successive continuous thoughts", low=0, high=1)
   flat: float = option(0.9, "warn: share of groups whose samples are all paid the same", low=0, high=1)
   lengthy: float = option(0.9, "warn: correlation of think tokens and reward within a group", low=0, high=1)
   drift: float = option(10.0, "warn: KL to the reference above so many times its median so far", low=0)
+  leap: float = option(10.0, "warn: KL made by one step's updates above so many times its median so far", low=0)
+  clipped: float = option(0.25, "warn: share of importance ratios whose gradient the clip takes away", low=0, high=1)
   gradients: float = option(1e3, "warn: one term's gradient norm is so many times the other's", low=0)
   chain: float = option(
     1e3, "warn: gradients at one end of a chain of think tokens are so many times the other's", low=0
   )
   mismatch: float = option(0.0, "warn: sampler and learner differ by so many nats; 0: 1e-4, or 0.05 in bfloat16", low=0)
   effect: bool = option(True, "warn: the reward rises and thoughts have no effect on the prediction")
+  content: float = option(
+    0.1,
+    "warn: share of what thoughts gain that is lost with another sequence's thoughts, or pauses, in their place",
+    low=0,
+    high=1,
+  )
 
 
 def _pairs(trace, thought):
@@ -73,6 +90,16 @@ def repeated_tokens(trace, thought) -> Mean:
   """Share of think tokens that are the token before, within a thought; of one-token thoughts, the thought before."""
   (_, after), (_, before), there = _pairs(trace, thought)
   return Mean.of(after == before, there)
+
+
+def repeated_pairs(trace, thought) -> Mean:
+  """Share of a thought's pairs of successive tokens, but the first, that stood in it before: 3 / 4 of "ababab"."""
+  tokens_BGNJ, place_J = trace.thoughts.tokens_BGNJ, jnp.arange(thought.length - 1)
+  there_BGNJ = place_J + 1 < trace.used_BGN[..., None]
+  left_BGNJ = jnp.where(there_BGNJ, tokens_BGNJ[..., :-1], -2 - place_J)  # what is not there is like nothing else
+  left_BGNJ, right_BGNJ = jax.lax.sort((left_BGNJ, tokens_BGNJ[..., 1:]), num_keys=2)
+  again_BGNJ = jnp.all(jnp.stack([a[..., 1:] == a[..., :-1] for a in (left_BGNJ, right_BGNJ)]), axis=0)
+  return Mean(jnp.sum(again_BGNJ.astype(jnp.float32)), jnp.sum(there_BGNJ[..., 1:].astype(jnp.float32)))
 
 
 def distinct_thoughts(trace, thought) -> Mean:
@@ -109,10 +136,14 @@ class Sign(NamedTuple):
   needs: Callable[[ThoughtConfig], bool]
 
 
+LONG = 6
+"""Think tokens from which on a thought is long enough to go round in circles."""
+
 SIGNS = dict(
   empty_thoughts=Sign(empty_thoughts, lambda thought: thought.may_stop),
   full_thoughts=Sign(full_thoughts, lambda thought: thought.may_stop),
   repeated_tokens=Sign(repeated_tokens, lambda thought: thought.kind_of.stochastic),
+  repeated_pairs=Sign(repeated_pairs, lambda thought: thought.kind_of.stochastic and thought.length >= LONG),
   distinct_thoughts=Sign(distinct_thoughts, lambda thought: thought.kind_of.stochastic and thought.samples > 1),
   thought_scale=Sign(thought_scale, lambda thought: thought.kind in ("latent", "soft")),
   successive_cosine=Sign(successive_cosine, lambda thought: thought.kind in ("latent", "soft")),
@@ -180,6 +211,22 @@ def gain_without_effect(histories):
   return histories["reward"].last - histories["reward"].first
 
 
+CONTENT = ("effect_none", "effect_shuffled", "effect_pause")
+"""What `content` reads."""
+
+GAIN = 0.01
+"""Nats per target that thoughts must be worth before it is asked what in them is."""
+
+
+def content(histories):
+  """The share of what thoughts are worth that is lost where other ones take their place, of another sequence or empty,
+  whichever loses less; 1 while they are worth less than GAIN.
+  """
+  worth = histories["effect_none"].last
+  lost = min(histories[name].last for name in CONTENT[1:])
+  return 1.0 if worth < GAIN else lost / worth
+
+
 class Rule(NamedTuple):
   """An alarm waiting to be raised.
 
@@ -202,45 +249,60 @@ class Rule(NamedTuple):
     return below or above or math.isnan(measured)
 
 
-def rules(config: HealthConfig, vocabulary_size: int, half_precision: bool, policy: bool = True) -> dict[str, Rule]:
+def _above(bound, name, advice, measure=value) -> Rule:
+  return Rule((name,), measure(name), None, bound or None, advice)
+
+
+def _below(bound, name, advice, measure=of_first, stops=False) -> Rule:
+  return Rule((name,), measure(name), bound or None, None, advice, stops)
+
+
+def _balanced(bound, left, right, advice) -> Rule:
+  return Rule((left, right), imbalance(left, right), None, bound or None, advice)
+
+
+def rules(
+  config: HealthConfig, vocabulary_size: int, half_precision: bool, policy: bool = True, samples: int = 1
+) -> dict[str, Rule]:
   """The rules that the thresholds switch on, by name; those about entropy for thoughts with a policy only.
 
   The failures are those that runs of others ended in: entropy collapse and explosion, thoughts that grow to the cap or
-  vanish, drift from the reference, groups without a signal, a sampler whose probabilities are not the learner's,
-  reward without an effect, repetition, one gradient drowning the other, and latents that stand still.
+  vanish, drift from the reference, groups without a signal or of one thought, a sampler whose probabilities are not the
+  learner's, reward without an effect, gains without content, repetition, one gradient drowning the other, and latents
+  that stand still. samples: thoughts of a group, G.
   """
   c, entropy = config, "think_entropy"
   mismatch = c.mismatch or (0.05 if half_precision else 1e-4)
   uniform = 0.9 * math.log(vocabulary_size) if c.entropy_high else 0.0
+  distinct = c.distinct and (1 + c.distinct * (samples - 1)) / samples
   cure = "raise objective.entropy_weight, or lower the learning rate"
-
-  def above(bound, name, advice, measure=value):
-    return Rule((name,), measure(name), None, bound or None, advice)
-
-  def below(bound, name, advice, stops=False):
-    return Rule((name,), of_first(name), bound or None, None, advice, stops)
-
-  pair = ("nll_grad_norm", "score_grad_norm")
-  ends = ("chain_grad_first", "chain_grad_last")
   fading = "gradients explode or vanish from think token to think token: shorten thoughts, or lower rates"
-  unbalanced, drowned = imbalance(*pair), "one term drowns the other: change objective.score_weight"
   unearned = "the reward rises, and not by thinking better"
+  hollow = "it is not what is thought that helps: compare with kind pause"
   table = dict(
-    entropy_low=below(c.entropy_low, entropy, f"thoughts become all the same: {cure}"),
-    entropy_high=above(c.entropy_high, entropy, "thoughts become noise: lower rates", of_first),
-    entropy_uniform=above(uniform, entropy, "thoughts are nearly uniform noise"),
-    entropy_stop=below(c.entropy_stop, entropy, f"entropy collapsed: {cure}", stops=True),
-    empty=above(c.empty, "empty_thoughts", "thinking does not pay: lower objective.price"),
-    full=above(c.full, "full_thoughts", "thoughts hit the cap: raise the price"),
-    lengthy=above(c.lengthy, "length_reward", "thoughts are paid for length: raise the price"),
-    repeated=above(c.repeated, "repeated_tokens", "one token is repeated"),
-    alike=above(c.alike, "successive_cosine", "thoughts stand still"),
-    flat=above(c.flat, "flat_groups", "no signal: thoughts change nothing yet"),
-    drift=above(c.drift, "kl", "the policy jumps away from its reference", of_median),
-    gradients=Rule(pair, unbalanced, None, c.gradients or None, drowned),
-    chain=Rule(ends, imbalance(*ends), None, c.chain or None, fading),
-    mismatch=above(mismatch, "sampler_mismatch", "drawn thoughts are scored as other ones"),
+    entropy_low=_below(c.entropy_low, entropy, f"thoughts become all the same: {cure}"),
+    entropy_high=_above(c.entropy_high, entropy, "thoughts become noise: lower rates", of_first),
+    entropy_uniform=_above(uniform, entropy, "thoughts are nearly uniform noise"),
+    entropy_stop=_below(c.entropy_stop, entropy, f"entropy collapsed: {cure}", stops=True),
+    empty=_above(c.empty, "empty_thoughts", "thinking does not pay: lower objective.price"),
+    full=_above(c.full, "full_thoughts", "thoughts hit the cap: raise the price"),
+    lengthy=_above(c.lengthy, "length_reward", "thoughts are paid for length: raise the price"),
+    repeated=_above(c.repeated, "repeated_tokens", "one token is repeated"),
+    looped=_above(c.looped, "repeated_pairs", "thoughts go round in circles"),
+    distinct=_below(distinct, "distinct_thoughts", f"a group has one thought: {cure}", value),
+    rank=_below(c.rank, "thought_rank", "all thoughts are the same, or there are none", value),
+    alike=_above(c.alike, "successive_cosine", "thoughts stand still"),
+    flat=_above(c.flat, "flat_groups", "no signal: thoughts change nothing yet"),
+    drift=_above(c.drift, "kl", "the policy jumps away from its reference", of_median),
+    leap=_above(c.leap, "approx_kl", "the policy jumps within a step: fewer updates, or lower rates", of_median),
+    clipped=_above(c.clipped, "clip_fraction", "most of the gradient is clipped: fewer updates, or lower rates"),
+    gradients=_balanced(
+      c.gradients, "nll_grad_norm", "score_grad_norm", "one term drowns the other: change objective.score_weight"
+    ),
+    chain=_balanced(c.chain, "chain_grad_first", "chain_grad_last", fading),
+    mismatch=_above(mismatch, "sampler_mismatch", "drawn thoughts are scored as other ones"),
     effect=Rule(("effect_none", "reward"), gain_without_effect, None, 0.0 if c.effect else None, unearned),
+    content=Rule(CONTENT, content, c.content or None, None, hollow),
   )
   bounded = {name: rule for name, rule in table.items() if (rule.low, rule.high) != (None, None)}
   return {name: rule for name, rule in bounded.items() if policy or rule.reads != (entropy,)}
