@@ -21,6 +21,7 @@ config.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import pathlib
 import sys
@@ -84,19 +85,6 @@ def _subject() -> Subject:
   return Subject(built, state.params, 0, state.extra)
 
 
-def _read_by(model, params):
-  """The parameters that a model with fewer heads has; no gradient for heads that learn from losses of their own."""
-  import jax
-
-  from thinking_lm.objectives.baselines import BASELINES
-  from thinking_lm.objectives.variates import VARIATES
-
-  taught = {member.head for member in (*BASELINES.values(), *VARIATES.values())}
-  heads = params.get("heads", {})
-  kept = {name: jax.lax.stop_gradient(heads[name]) if name in taught else heads[name] for name in model.heads}
-  return {name: leaf for name, leaf in params.items() if name != "heads"} | (dict(heads=kept) if kept else {})
-
-
 def _estimator(subject: Subject, changes, samples: int):
   """The microscope's Estimator of some settings over a run. Raises ConfigError with why it cannot be."""
   from thinking_lm import config as config_lib
@@ -114,12 +102,13 @@ def _estimator(subject: Subject, changes, samples: int):
   if faults:
     raise ConfigError(faults)
   run, extra = run.with_config(config), carry.init(config.objective, subject.params)
-  extra |= {name: subject.extra[name] for name in extra.keys() & subject.extra.keys()}
+  carried = Carried(subject.step, extra | {name: subject.extra[name] for name in extra.keys() & subject.extra.keys()})
+  read = functools.partial(estimators.read, heads=run.model.heads)
   cost = training.training_flops(
     config, run.data.vocabulary.size, run.data.sequence_length, run.proxy and run.proxy[0].config
   )
   return microscope.Estimator(
-    lambda params, batch, key: run.loss_fn(_read_by(run.model, params), batch, key, Carried(subject.step, extra)),
+    lambda params, batch, key: run.loss_fn(read(params), batch, key, carried),
     cost / config.train.batch_size * _ROWS.value,
     draws=config.thought.random and not config.objective.exact,
   )

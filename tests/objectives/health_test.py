@@ -80,7 +80,7 @@ def test_one_token_over_and_over_is_a_repetition_up_to_the_stop():
     ("abacad", 6, 0),
     ("ababab", 4, 1 / 2),
     ("ababab", 1, 0),
-    ("abcaba", 6, 1 / 4),
+    ("abacab", 6, 1 / 4),
   ],
 )
 def test_pairs_of_tokens_that_stood_before_are_circles_up_to_the_stop(tokens, used, expected):
