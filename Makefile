@@ -30,7 +30,7 @@ test-latest: .venv-latest/.installed  ## run what `make test` runs on Python 3.1
 plan: .venv-plan/.installed  ## compile every pod of configs/pod and hold it to its budget; no TPU needed, ARGS=--write sets budgets
 	NPROC=1 JAX_PLATFORMS=cpu .venv-plan/bin/python -m thinking_lm.plan --budgets=configs/pod/budgets.json $(ARGS)
 
-plan-small: .venv-plan/.installed  ## the same for one small pod, in a minute
+plan-small: .venv-plan/.installed  ## the training step of one small pod, in a minute or two
 	NPROC=1 JAX_PLATFORMS=cpu .venv-plan/bin/python -m thinking_lm.plan --budgets=configs/pod/small.json $(ARGS)
 
 lint: .venv/.installed  ## check style and format

@@ -1,4 +1,4 @@
-"""The dependencies that setup.py declares, and the versions that the lock files pin."""
+"""The dependencies that setup.py declares, the versions that the lock files pin, and the files that start first."""
 
 import ast
 import pathlib
@@ -6,6 +6,8 @@ import pathlib
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tests.conftest import LONGEST
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LOCKED_EXTRAS = ("test", "report", "tokenizers")
@@ -48,3 +50,7 @@ def test_flax_and_jax_fit():
   for python in ("3.11", "3.12"):
     jax, flax = (tuple(map(int, locked(python)[name].split("."))) for name in ("jax", "flax"))
     assert (jax >= (0, 11, 1)) == (flax > (0, 12, 8)), python
+
+
+def test_the_longest_test_files_are_there():
+  assert [name for name in LONGEST if not (ROOT / f"tests/{name}.py").exists()] == []

@@ -45,7 +45,7 @@ from thinking_lm.training.alarms import Watch
 from thinking_lm.training.checkpoint import CheckpointConfig, read_manifest, read_params
 from thinking_lm.training.checkpoint import load as read_step
 from thinking_lm.training.loop import Run, TrainConfig
-from thinking_lm.training.mesh import MeshConfig, device_faults, global_batch, make_mesh
+from thinking_lm.training.mesh import MeshConfig, device_faults, global_batch, make_mesh, placed
 from thinking_lm.training.optimizer import OptimizerConfig, schedule_faults
 from thinking_lm.training.state import TrainState, create
 from thinking_lm.training.state import key as random_key
@@ -374,11 +374,7 @@ def _placed(built: Experiment) -> TrainState:
   """Parameters and what the objective carries, as ShapeDtypeStructs that are split over all devices that there are."""
   carry_init = functools.partial(carry.init, built.config.objective)
   abstract = jax.eval_shape(lambda params: create(params, optax.identity(), False, carry_init), built.model.shapes)
-  return jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    abstract,
-    state_shardings(abstract, built.axes, make_mesh(MeshConfig(data=1, fsdp=-1))),
-  )
+  return placed(abstract, state_shardings(abstract, built.axes, make_mesh(MeshConfig(data=1, fsdp=-1))))
 
 
 def carried(workdir: str, built: Experiment, step: int) -> dict[str, Any]:

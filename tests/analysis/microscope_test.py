@@ -1,10 +1,8 @@
 """The microscope on estimators whose bias and noise are known, and its command on a tiny model."""
 
 import copy
+import functools
 import json
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +24,6 @@ from thinking_lm.training import loop
 from thinking_lm.training.state import digest
 from thinking_lm.types import Carried
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 WANTED = dict(embedding=np.full((4, 8), 0.5), layers=dict(query=np.arange(16.0).reshape(4, 4) / 4, up=np.ones(3)))
 COUNT = 4.0
 
@@ -173,12 +170,7 @@ def test_the_gradient_of_parallel_iterations_is_held_against_the_serial_one():
 KEY = harness.KEY
 
 
-def command(*flags):
-  """(exit code, stdout, stderr) of thinking_lm.microscope in a process of its own."""
-  environment = quick.environment()
-  line = [sys.executable, "-m", "thinking_lm.microscope", *flags]
-  done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
-  return done.returncode, done.stdout, done.stderr
+command = functools.partial(quick.command, "microscope")
 
 
 def test_the_command_measures_a_real_decoder(tmp_path):

@@ -38,6 +38,13 @@ def test_relative_globs(tmp_path, monkeypatch):
   assert [str(path) for path in sources.paths("sub/*", "data.input")] == ["sub/b.txt"]
 
 
+def test_patterns_that_cannot_be_listed_are_told():
+  with pytest.raises(ConfigError, match=r"data.input='gs://bucket/\*\*/x' cannot be listed: \*\* is for local paths"):
+    sources.paths("gs://bucket/**/x", "data.input")
+  with pytest.raises(ConfigError, match="cannot be listed: embedded null byte"):
+    sources.paths("\0/*", "data.input")
+
+
 def test_text_is_kept_byte_for_byte(tmp_path):
   texts = [b"\xef\xbb\xbfbom", b"a\r\nb\x00", "\u2028\x85\u00e9".encode(), b" "]
   write(tmp_path, {f"{number}.txt": text for number, text in enumerate(texts)})

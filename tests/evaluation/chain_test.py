@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.evaluation.command_test import command
+from tests.quick import command
 from thinking_lm import experiment
 from thinking_lm.data import verdicts
 from thinking_lm.evaluation import verifiers
@@ -50,7 +50,7 @@ def candidates(solver, name: str, *more: str) -> list[dict]:
   """Lines of a file of this name beside the solver."""
   path = solver.parent / name
   flags = [f"--workdir={solver}", f"--output={path}", f"--problems={PROBLEMS}", f"--samples={SAMPLES}", *more]
-  code, out, errors = command(*flags, module="candidates")
+  code, out, errors = command("candidates", *flags)
   assert code == 0, errors
   lines = [json.loads(line) for line in path.read_text().splitlines()]
   right = sum(line["correct"] for line in lines)
@@ -99,7 +99,7 @@ def test_a_verifier_learns_from_them_and_its_choices_are_counted(solver, some, t
     train=dict(steps=20, batch_size=8),
   )
   flags = [f"--workdir={verifier}", f"--candidates={solver.parent}/all.jsonl", f"--rationales={K}", f"--most={MOST}"]
-  code, out, errors = command(*flags, module="verify")
+  code, out, errors = command("verify", *flags)
   assert code == 0, errors
   path = verifier / "evaluation" / "verify-20.json"
   found = json.loads(path.read_text())

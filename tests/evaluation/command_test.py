@@ -1,21 +1,11 @@
+import functools
 import json
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
 from tests import quick
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-
-
-def command(*flags, module="evaluate"):
-  """(exit code, stdout, stderr) of a command of thinking_lm in a process of its own."""
-  environment = quick.environment()
-  line = [sys.executable, "-m", f"thinking_lm.{module}", *flags]
-  done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-  return done.returncode, done.stdout, done.stderr
+command = functools.partial(quick.command, "evaluate")
 
 
 def test_the_command_prints_a_table_and_writes_all_of_it(trained):

@@ -2,15 +2,12 @@
 
 import dataclasses
 import re
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 
 from tests import quick
-from tests.evaluation.command_test import ROOT
 from tests.evaluation.harness import KEY, THOUGHT, config, make
 from thinking_lm import experiment
 from thinking_lm.errors import ConfigError
@@ -116,13 +113,10 @@ def test_thoughts_that_a_run_cannot_have_are_refused(frozen, change, message):
 
 def test_the_command_prints_thresholds_that_mark_the_share_it_says(frozen):
   workdir, subject, params, _, _, _ = frozen
-  line = [sys.executable, "-m", "thinking_lm.calibrate", f"--workdir={workdir}", "--rows=20", "--batch_size=8"]
-  done = subprocess.run(
-    line, cwd=ROOT, env=quick.environment(), capture_output=True, text=True, timeout=300, check=False
-  )
-  assert done.returncode == 0, done.stderr
-  assert done.stdout.startswith(f"step 3 of {workdir}, 120 tokens of train\n")
-  found = re.findall(r"^1 / (\d+) +([\d.]+) +(\d+)$", done.stdout, flags=re.MULTILINE)
+  code, out, errors = quick.command("calibrate", f"--workdir={workdir}", "--rows=20", "--batch_size=8")
+  assert code == 0, errors
+  assert out.startswith(f"step 3 of {workdir}, 120 tokens of train\n")
+  found = re.findall(r"^1 / (\d+) +([\d.]+) +(\d+)$", out, flags=re.MULTILINE)
   assert [int(share) for share, _, _ in found] == [2, 4, 8, 16, 32]
   rows = next(subject.data.evaluation_batches("train", batch_size=20, limit=20))
   need_BT = np.asarray(needed(subject.model, params, rows).need_BT)

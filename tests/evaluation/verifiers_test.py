@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.evaluation.command_test import command
+from tests.quick import command
 from thinking_lm import config as config_lib
 from thinking_lm import experiment
 from thinking_lm.data import verdicts
@@ -185,7 +185,7 @@ def test_the_command_evaluates_a_discriminative_verifier(made, tmp_path):
   built = experiment.build(experiment.parse(values))
   run = tmp_path / "run"
   loop.train(built.run(), str(run))
-  code, out, errors = command(f"--workdir={run}", "--split=train")
+  code, out, errors = command("evaluate", f"--workdir={run}", "--split=train")
   assert code == 0, errors
   (file,) = (run / "evaluation").glob("train-2.json")
   found = json.loads(file.read_text())

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from thinking_lm.analysis import collectives
 from thinking_lm.evaluation.evaluators import Runner
 from thinking_lm.training import loop
-from thinking_lm.training.mesh import abstract_batch, replicated
+from thinking_lm.training.mesh import abstract_batch, placed, replicated
 from thinking_lm.training.mesh import shardings as parameter_shardings
 from thinking_lm.training.state import key as random_key
 
@@ -155,11 +155,7 @@ def _optimization(level: str):
 
 
 def _parameters(built, mesh):
-  return jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    built.model.shapes,
-    parameter_shardings(built.axes, built.model.shapes, mesh),
-  )
+  return placed(built.model.shapes, parameter_shardings(built.axes, built.model.shapes, mesh))
 
 
 @functools.cache

@@ -53,7 +53,7 @@ def thoughts(V: int, B: int, T: int, n: int) -> Callable[[], np.ndarray]:
   """A function that draws n tokens after each of the T prefixes of B rows, every prefix a row padded on the left."""
   import torch
 
-  model = llama(V).eval()  # PyTorch's word for: without what only training does
+  model = llama(V).train(False)
   tokens = np.random.default_rng(0).integers(V, size=(B, T))
   rows = np.zeros((B * T, T), np.int64)
   for b in range(B):

@@ -156,8 +156,8 @@ def sha256_of(content: bytes) -> str:
 def index_bytes(index: Sequence[tuple[int, int]]) -> bytes:
   """The index file of (length in tokens, content digest) pairs."""
   buffer = io.BytesIO()
-  # npy of plain numbers: a file that holds objects is refused on both sides, for reading one could run code.
-  np.save(buffer, np.array(index, np.uint64).reshape(-1, 2), allow_pickle=False)
+  # npy of plain numbers; `np.load` refuses a file that holds objects, for reading one could run code.
+  np.save(buffer, np.array(index, np.uint64).reshape(-1, 2))
   return buffer.getvalue()
 
 
@@ -167,7 +167,7 @@ def read_index(directory: epath.Path, number: int, shard: Shard) -> np.ndarray:
   content = path.read_bytes()
   if sha256_of(content) != shard.index_sha256:
     raise DataError(f"{path} is damaged: its sha256 is not the manifest's; restore it, or prepare again")
-  index = np.load(io.BytesIO(content), allow_pickle=False)  # see index_bytes
+  index = np.load(io.BytesIO(content))  # see index_bytes
   if index.shape != (shard.documents, 2) or int(index[:, 0].sum()) != shard.tokens:
     raise DataError(f"{path} does not have the {shard.documents} documents of the manifest; prepare again")
   return index

@@ -92,6 +92,8 @@ def absolute(path: str) -> str:
 
 def _glob(pattern: str, option: str) -> list[epath.Path]:
   """Files that a pattern matches. `**` is for local paths only: in an object store it could list millions."""
+  if is_remote(pattern) and "**" in pattern:
+    raise ConfigError(f"{option}={pattern!r} cannot be listed: ** is for local paths; write a * for each directory")
   try:
     literal = epath.Path(pattern).expanduser()
     if literal.is_file() or not glob.has_magic(pattern):
@@ -105,7 +107,7 @@ def _glob(pattern: str, option: str) -> list[epath.Path]:
     return [path for path in found if path.is_file()]
   except ImportError as error:
     raise ConfigError(f"{option}={pattern!r} needs a package for this kind of path: {error}") from error
-  except (OSError, ValueError, NotImplementedError) as error:  # epath refuses patterns by the latter two
+  except (OSError, ValueError) as error:  # the latter for a path that holds a NUL
     raise ConfigError(f"{option}={pattern!r} cannot be listed: {error}") from error
 
 

@@ -318,14 +318,11 @@ def program(run: Run, mesh: jax.sharding.Mesh) -> Program:
   init = lambda key: create(run.init_fn(key))
   abstract = jax.eval_shape(init, state_lib.key(run.train.seed, "init"))
   shardings = state_lib.shardings(abstract, run.axes, mesh)
-  placed = jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
-  )
   schedule = make_schedule(run.optimizer, run.train.steps)
   config = StepConfig(run.train.accumulation, run.optimizer.ema, run.train.updates)
   step = make_train_step(run.loss_fn, optimizer, schedule, config, run.carry_update, run.draw_fn)
   step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, mesh_lib.replicated(mesh)))
-  return Program(init, create, placed, step)
+  return Program(init, create, mesh_lib.placed(abstract, shardings), step)
 
 
 def _train(run: Run, session: _Session) -> state_lib.TrainState:

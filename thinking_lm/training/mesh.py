@@ -120,6 +120,11 @@ def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
   return NamedSharding(mesh, spec(axes, shape, mesh))
 
 
+def placed(shapes: Any, shardings: Any) -> Any:
+  """Pytree of arrays or ShapeDtypeStructs, pytree of their shardings -> ShapeDtypeStructs that have these."""
+  return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, shardings)
+
+
 def abstract_batch(mesh: Mesh, rows: int, length: int) -> types.Batch:
   """The ShapeDtypeStructs of a global batch."""
 
