@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +49,26 @@ def test_sums_over_the_rows_of_each_copy_are_those_over_all_rows(others):
   assert seen[-1] == ((8, 4) if whole else (8 // copies, 4))
   np.testing.assert_array_equal(found["total"], 3 * rows.sum(axis=0))
   assert found["ways"] == copies * others.get("fsdp", 1), "one for each copy, which sees only its own split"
+
+
+@pytest.mark.parametrize("rows,staged", [(8, 2), (8, 64), (6, 2)])
+@pytest.mark.parametrize("shape", [dict(fsdp=8), dict(data=2, fsdp=4), dict(fsdp=4, tensor=2), dict(data=2, fsdp=2)])
+def test_rows_are_put_together_from_columns_and_their_gradient_is_taken_apart(monkeypatch, shape, rows, staged):
+  monkeypatch.setattr(sharding, "STAGED", staged)
+  x, scale = (np.random.default_rng(i).normal(size=(rows, 2, 3, 8)).astype(np.float32) for i in range(2))
+  mesh = make_mesh(MeshConfig(**shape), jax.devices()[: math.prod(shape.values())])
+
+  def loss(x):
+    whole = sharding.rows_of_columns(x * 2, "length", None)
+    return jnp.sum(whole * scale), whole
+
+  with jax.set_mesh(mesh):
+    compiled = jax.jit(jax.grad(loss, has_aux=True)).lower(x).compile()
+  gradient, whole = compiled(x)
+  np.testing.assert_array_equal(whole, 2 * x)
+  np.testing.assert_array_equal(gradient, 2 * scale)
+  stages = 0 if rows == 6 else 2 if staged < shape["fsdp"] else 1
+  assert compiled.as_text().count(" all-to-all(") == 2 * stages
 
 
 class Head:

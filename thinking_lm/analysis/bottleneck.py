@@ -135,7 +135,7 @@ def _straight_through(params, thought: ThoughtConfig, key) -> Thoughts:
   """Thoughts as the rollout makes them, but with their gradient, which no Trace keeps."""
   decoder = MODEL.bind(params)
   mask = jnp.ones((1, 1, 1), bool)
-  hidden_X1D = decoder(decoder.embed_batch(SHOWN.tokens_BT)[:, None], SHOWN.positions_BT[:, None], mask)[0][:, 0]
+  hidden_X1D = decoder(decoder.embed(SHOWN.tokens_BT)[:, None], SHOWN.positions_BT[:, None], mask)[0][:, 0]
   shape = (SYMBOLS, thought.samples, 1, 1, hidden_X1D.shape[-1])
   keys = jax.random.split(key, shape[:-1])
   return Thoughts(*thought.kind_of.step(decoder, jnp.broadcast_to(hidden_X1D[:, None, None], shape), keys, thought))

@@ -152,7 +152,7 @@ class Runner:
     """
     trace = self.subject.rollout(params, batch, jax.random.fold_in(key, 0), thought=self.thought)
     decoder = self.subject.model.bind(params)
-    source = Source(trace.thoughts, trace.valid_BN, decoder.embed(decoder.pause), before, before_N)
+    source = Source(trace.thoughts, trace.valid_BN, decoder.embed_row(decoder.pause), before, before_N)
     dropped = 0 if trace.dropped_B is None else trace.dropped_B.sum()
     residual = 0 if trace.residual_BGN is None else (trace.residual_BGN[:, 0] * trace.valid_BN).sum()
     return source, latest(source), trace.used_BGN.sum(axis=(1, 2)), dropped, residual

@@ -146,7 +146,7 @@ class Examination:
     decoder = self._subject.model.bind(params)
     nobody = jax.tree.map(lambda a: jnp.zeros((1, *a.shape[1:]), a.dtype), trace.thoughts)
     no_row_N = jnp.zeros(trace.valid_BN.shape[1], bool)
-    return Source(trace.thoughts, trace.valid_BN, decoder.embed(decoder.pause), nobody, no_row_N)
+    return Source(trace.thoughts, trace.valid_BN, decoder.embed_row(decoder.pause), nobody, no_row_N)
 
 
 def _nats(trace: Trace, weights_BT, sample: int = 0) -> jax.Array:

@@ -42,7 +42,7 @@ def tokens(decoder, ahead_BPAD, thoughts):
   """Inputs [B, P, X, D] of what stands behind thoughts: look-ahead tokens, and those of an answer but for its last."""
   if thoughts.answer_BGNA is None:
     return ahead_BPAD
-  return jnp.concatenate([ahead_BPAD, decoder.embed_batch(thoughts.answer_BGNA[..., :-1])], axis=2)
+  return jnp.concatenate([ahead_BPAD, decoder.embed(thoughts.answer_BGNA[..., :-1])], axis=2)
 
 
 def answer(decoder, config, anchor_BPD, hidden_BPJD, positions_BPX, keys_BP, past, cache, thoughts, A: int):

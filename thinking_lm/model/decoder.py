@@ -16,7 +16,7 @@ from thinking_lm.config import option, pick
 from thinking_lm.model.attention import BACKENDS, CHUNK, MASKED, Keys, attention
 from thinking_lm.model.heads import HEADS
 from thinking_lm.model.layers import RMSNorm, matmul, parameter, rotary, rotate
-from thinking_lm.sharding import constrain
+from thinking_lm.sharding import constrain, rows_of_columns
 from thinking_lm.types import Params
 
 REMAT = dict(
@@ -244,23 +244,20 @@ class Decoder(nnx.Module):
     """Row of confidence 0; those above it follow."""
     return self.vocabulary_size + CONTROL_ROWS
 
-  def embed(self, tokens):
-    """Embeddings [..., D] of ids [...]; of unit mean square at initialisation, like the final norm's output."""
-    return self._scale(self.embedding[...].at[tokens].get(mode="clip"))
-
   def embed_row(self, row: int, *shape: int):
     """The embedding of one id, everywhere: [*shape, D]. Repeated before the cast, so that gradients add in float32."""
     return self._scale(jnp.broadcast_to(self.embedding[row], (*shape, self.config.width)))
 
-  def embed_batch(self, tokens_BX):
-    """`embed` of a batch's rows, outside loops over slots: devices look up their part of D for all rows of their copy.
+  def embed(self, tokens_BX):
+    """Embeddings [B, ..., D] of ids, rows first; of unit mean square at initialisation, like the final norm's output.
 
-    Then these change places. Left to itself the compiler moves the table, and between copies too.
+    Devices look up their part of D for all rows of their copy, then these change places. Left to itself the compiler
+    moves the table, and between copies too.
     """
-    rest = (None,) * (tokens_BX.ndim - 2)
-    tokens_BX = constrain(tokens_BX, "copies", "length", *rest)
-    found_BXD = constrain(self.embed(tokens_BX), "copies", "length", *rest, "embed")
-    return constrain(found_BXD, "batch", "length", *rest, None)
+    axes = ("length", *(None,) * (tokens_BX.ndim - 2))[: tokens_BX.ndim - 1]
+    tokens_BX = constrain(tokens_BX, "copies", *axes)
+    found_BXD = self.embedding[...].at[tokens_BX].get(mode="clip")
+    return rows_of_columns(self._scale(found_BXD), *axes)
 
   def mix(self, weights):
     """Weighted mean of embeddings [..., D]; weights [..., rows] over the rows of the table."""

@@ -35,7 +35,7 @@ def rollout_every(
 
   def part(tokens_GNn):
     tokens_BGNJ = jnp.broadcast_to(tokens_GNn, (B, *tokens_GNn.shape))
-    given = Thoughts(model.bind(params).embed_batch(tokens_BGNJ), tokens_BGNJ)
+    given = Thoughts(model.bind(params).embed(tokens_BGNJ), tokens_BGNJ)
     trace = rollout(model, few, params, batch, layout, key, given)
     return trace.replace(thoughts=Thoughts(trace.thoughts.inputs_BGNJD[..., :0], trace.thoughts.tokens_BGNJ))
 

@@ -170,7 +170,7 @@ def _turn(decoder, config, vocabulary, sampling, watcher, keys: _Keys, now: _Now
   closes_BG = thinks_BG & (i_BG == n) & (progress.used_X == n) & bool(config.closing)
   speaks_BG = ~(opens_BG | makes_BG | closes_BG)
 
-  x_BGD = jnp.where(opens_BG[..., None], decoder.embed(decoder.start), decoder.embed(decoder.stop))
+  x_BGD = jnp.where(opens_BG[..., None], decoder.embed_row(decoder.start), decoder.embed_row(decoder.stop))
   if n:
     made = (x_BGD, progress, made_BGn)
     make = functools.partial(_make, decoder, config, hidden_BGD, keys_BG, i_BG, makes_BG)
@@ -348,7 +348,7 @@ def _read(decoder, config, batch: Batch, layout, keys_B):
   """(cache [L, B, S, K, E], segments_BS) of prompts, with their thoughts where these stay in the context."""
   if config.length and config.topology == "persistent" and layout.anchors_BN.shape[1]:
     stream = topology.persistent(batch, layout, config.slots, config.rotary)
-    x_BSD = decoder.embed_batch(topology.take(batch.tokens_BT, stream.token_BS, 0))
+    x_BSD = decoder.embed(topology.take(batch.tokens_BT, stream.token_BS, 0))
     keys_BN = None
     if config.random:
       keys_BN = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys_B, layout.anchors_BN)
@@ -356,5 +356,5 @@ def _read(decoder, config, batch: Batch, layout, keys_B):
     return cache, stream.segments_BS
   slot_T = jnp.arange(batch.tokens_BT.shape[1])
   mask = topology.sees(batch.segments_BT, batch.segments_BT, slot_T, slot_T)
-  new = decoder(decoder.embed_batch(batch.tokens_BT)[:, None], batch.positions_BT[:, None], mask)[1]
+  new = decoder(decoder.embed(batch.tokens_BT)[:, None], batch.positions_BT[:, None], mask)[1]
   return Cache(new.k[:, :, 0], new.v[:, :, 0]), batch.segments_BT

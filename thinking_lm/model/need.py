@@ -23,7 +23,7 @@ def _look(decoder: Decoder, batch: Batch):
   """(need_BT, the cache of the real tokens)."""
   slot_T = jnp.arange(batch.tokens_BT.shape[1])
   mask = topology.sees(batch.segments_BT, batch.segments_BT, slot_T, slot_T)
-  hidden, new = decoder(decoder.embed_batch(batch.tokens_BT)[:, None], batch.positions_BT[:, None], mask)
+  hidden, new = decoder(decoder.embed(batch.tokens_BT)[:, None], batch.positions_BT[:, None], mask)
   return entropy(decoder, hidden[:, 0]), Cache(new.k[:, :, 0], new.v[:, :, 0])
 
 

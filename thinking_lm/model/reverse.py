@@ -335,7 +335,7 @@ def _parameters(spec, params, facts, made, saved, rows, dx_BSD, scales):
   def think_tokens(others):
     decoder, config = nnx.merge(spec.graph, others | dict(layers=params["layers"])), spec.thoughts(facts)
     if config.kind_of.discrete:
-      return decoder.embed(rounds(made.tokens_BS))
+      return rounds(decoder.embed(made.tokens_BS))
     return config.kind_of.step(decoder, made.sources_RnBD, keys_RnB, config)[0]
 
   (dothers,) = jax.vjp(think_tokens, others)[1](rounds(dx_BSD))

@@ -79,7 +79,7 @@ def _pauses(decoder, config, layout):
 
 def actions(decoder, config, drawn: Thoughts) -> Thoughts:
   """Drawn thoughts as they are fed when they are scored: embeddings of ids are learned, other actions are constants."""
-  return drawn.replace(inputs_BGNJD=decoder.embed_batch(drawn.tokens_BGNJ)) if config.kind_of.discrete else drawn
+  return drawn.replace(inputs_BGNJD=decoder.embed(drawn.tokens_BGNJ)) if config.kind_of.discrete else drawn
 
 
 def _wrap(decoder, config, thoughts):
@@ -134,7 +134,7 @@ def _persistent(decoder, drawer, config, batch, layout, keys_BGN, given, taps_BG
 
 def _stream(decoder, drawer, config, rows, stream, keys_BN, layout, given, taps_BNnD):
   """(hidden_BSD of all slots, Thoughts [B, N, ...], the stream with the ends of its thoughts, residual_BN or None)."""
-  x_BSD = decoder.embed_batch(topology.take(rows.tokens_BT, stream.token_BS, 0))
+  x_BSD = decoder.embed(topology.take(rows.tokens_BT, stream.token_BS, 0))
   B, S, D = x_BSD.shape
 
   def at_once(decoder, x_BSD, stream):
@@ -173,12 +173,12 @@ def _private(decoder, drawer, config, batch, layout, keys_BGN, given, taps_BGNnD
   split = lambda a: a.reshape(B, G, N, *a.shape[2:])
   pick = lambda a, index, fill: topology.take(a, index.reshape(B, -1), fill).reshape(B, N, -1)
   anchors = lambda hidden_B1TD: tile(_gather(hidden_B1TD[:, 0], layout.anchors_BN))
-  ahead_BPAD = decoder.embed_batch(tile(pick(batch.tokens_BT, plan.ahead_BNA, 0)))
+  ahead_BPAD = decoder.embed(tile(pick(batch.tokens_BT, plan.ahead_BNA, 0)))
   keys_BP = None if keys_BGN is None else keys_BGN.reshape(B, G * N)
   given, taps = jax.tree.map(lambda a: a.reshape(B, G * N, *a.shape[3:]), (given, taps_BGNnD))
   prefix_BP1T = tile(plan.prefix_BNT)[:, :, None]
   facts = replay.Pass(batch.positions_BT[:, None], mask, tile(plan.positions_BNX), None, prefix_BP1T)
-  inputs = (decoder.embed_batch(batch.tokens_BT)[:, None], anchors, ahead_BPAD, keys_BP, facts)
+  inputs = (decoder.embed(batch.tokens_BT)[:, None], anchors, ahead_BPAD, keys_BP, facts)
   if given is None and drawer is not None:
     (base_B1TD, hidden_BPXD), thoughts, prefix, scores = _drawn(decoder, drawer, config, *inputs)
   else:
