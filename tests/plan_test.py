@@ -68,6 +68,18 @@ def test_without_libtpu_the_command_says_where_it_is_to_be_had():
     chips.pod("v5e:2x2")
 
 
+@pytest.mark.parametrize(
+  "text,words",
+  [(None, "cannot be read"), ("{", "cannot be read"), ('{"gone:none": {}}', "names gone.py, which is not")],
+)
+def test_a_budget_file_that_cannot_be_used_is_told_in_one_line(tmp_path, text, words):
+  path = tmp_path / "budgets.json"
+  if text:
+    path.write_text(text)
+  done = run(f"--budgets={path}")
+  assert done.returncode == 64 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_the_budget_files_name_every_pod_and_recipe():
   entries, small = (json.loads((ROOT / f"configs/pod/{name}.json").read_text()) for name in ("budgets", "small"))
   files = {path.stem for path in (ROOT / "configs/pod").glob("*.py")} - {name.split(":")[0] for name in small}

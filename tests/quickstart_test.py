@@ -30,7 +30,7 @@ def call(workdir, *flags):
 
 def test_arms_table_plot_and_sample(tmp_path):
   out = call(tmp_path)
-  heads = "arm seed {} parameters steps think/real FLOPs x none seconds"
+  heads = "arm seed {} parameters steps think/real FLOPs x none bytes seconds"
   lines = out.splitlines()
   for part, measure in dict(text="bits_per_byte", word_problem="accuracy").items():
     at = lines.index(f"{part}, test split")
@@ -39,7 +39,12 @@ def test_arms_table_plot_and_sample(tmp_path):
       assert line.startswith(f"{arm} "), out
       directory = f"{arm}-0".replace(", ", "-").replace(" ", "-")
       row = json.loads((tmp_path / part / directory / "result.json").read_text())
-      assert f"{row['flops']:.2e}" in line and f"{row['think_per_real']:.3f}" in line and row["steps"] >= 2
+      assert (
+        f"{row['flops']:.2e}" in line
+        and f"{row['moved']:.2e}" in line
+        and f"{row['think_per_real']:.3f}" in line
+        and row["steps"] >= 2
+      )
   equal, thinker = (
     json.loads((tmp_path / "text" / name / "result.json").read_text()) for name in ("none-equal-FLOPs-0", "latent-0")
   )

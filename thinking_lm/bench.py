@@ -1,16 +1,20 @@
 """Measures speed and memory against the plain step and the FLOP floor.
 
-  python -m thinking_lm.bench --suite=plain [--case=TEXT] [--rounds=5] [--output=FILE] [--profile=DIR]
+  python -m thinking_lm.bench --suite=plain [--case=TEXT] [--rounds=5] [--output=FILE] [--against=FILE] [--profile=DIR]
 
 Variants of a case take turns in one process that is restricted to one compute thread; times are CPU seconds on a CPU
 and wall seconds on an accelerator. Prints a table for each case: median seconds, ratio to the first variant within a
 round, ratio to the floor (1 is as many FLOP/s as the first variant reaches, on the FLOPs that the work needs),
 temporary bytes and compile time by XLA; then the bars that the case is held to. Everything is written as JSON.
 
+--against names such a file of earlier code; configs/bench has one of each suite. Then it also prints what has become of
+every variant since, and which are slower beyond the spread of the rounds or need more memory.
+
 Exit codes: 0 measured (also when a bar is missed), 64 wrong command line, 73 the result cannot be written.
 """
 
 import datetime
+import json
 import os
 import pathlib
 import shlex
@@ -25,6 +29,7 @@ _SUITE = flags.DEFINE_string("suite", None, "What to measure; see analysis/bench
 _CASE = flags.DEFINE_string("case", "", "Only the cases whose name contains this.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of every case.", lower_bound=1)
 _OUTPUT = flags.DEFINE_string("output", None, "The JSON file; default runs/bench/SUITE.json.")
+_AGAINST = flags.DEFINE_string("against", None, "The JSON file of an earlier run, to compare with.")
 _PROFILE = flags.DEFINE_string("profile", None, "A directory for a JAX profiler trace of one more round.")
 
 ENVIRONMENT = dict(
@@ -65,6 +70,7 @@ def main(argv) -> None:
   if not cases:
     known = ", ".join(case.name for case in SUITES[_SUITE.value]())
     raise UsageError(f"no case of suite {_SUITE.value} contains {_CASE.value!r}; there are {known}")
+  before = _earlier(_AGAINST.value, _SUITE.value) if _AGAINST.value else None
   record = dict(
     suite=_SUITE.value,
     command=shlex.join(["python", "-m", "thinking_lm.bench", *sys.argv[1:]]),
@@ -78,9 +84,24 @@ def main(argv) -> None:
   for case in cases:
     results = bench.measure(case, _ROUNDS.value, _say, _PROFILE.value)
     print(bench.table(case, results), flush=True)
-    record["cases"][case.name] = bench.record(case, results)
+    record["cases"][case.name] = now = bench.record(case, results)
+    if before and case.name in before["cases"]:
+      print(bench.against(before["cases"][case.name], now), flush=True)
     _write(path, record)  # after every case, so that a cut run leaves what it has
   print(f"written: {path}")
+
+
+def _earlier(path: str, suite: str) -> dict:
+  """An earlier record of the suite; says what it was measured on."""
+  try:
+    before = json.loads(pathlib.Path(path).read_text())
+    found, commit, hardware = before["suite"], before["code"]["commit"], before["hardware"]
+  except (OSError, ValueError, LookupError, TypeError) as error:
+    raise UsageError(f"--against {path} is not what this command writes: {error!r}") from error
+  if found != suite:
+    raise UsageError(f"--against {path} is of suite {found}, not {suite}")
+  _say(f"against {commit[:7]} on {', '.join(hardware['cpu'])}, {hardware['device']}")
+  return before
 
 
 def _write(path, record) -> None:

@@ -87,7 +87,12 @@ def _check(path: pathlib.Path, decode) -> int:
   from thinking_lm.analysis import budgets
   from thinking_lm.data.pipeline import end_with_parent
 
-  entries = json.loads(path.read_text())
+  try:
+    entries = json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise errors.UsageError(f"--budgets {path} cannot be read: {error}") from error
+  if missing := {f"{name.partition(':')[0]}.py" for name in entries} - {file.name for file in path.parent.iterdir()}:
+    raise errors.UsageError(f"--budgets {path} names {min(missing)}, which is not beside it in {path.parent}")
   chosen = {name: entry for name, entry in entries.items() if _ONLY.value in name}
   if not chosen:
     raise errors.UsageError(f"no entry of {path} contains {_ONLY.value!r}; there are {', '.join(entries)}")

@@ -78,6 +78,7 @@ def configure(part: str, arm: Arm, seed: int):
 
 def run(part: str, arm: Arm, seed: int, directory: pathlib.Path) -> dict[str, Any]:
   """Trains and evaluates one arm, or reads what an earlier call found. Returns a row of the table."""
+  from thinking_lm.analysis.traffic import training_traffic
   from thinking_lm.evaluation import evaluators, summary
   from thinking_lm.evaluation.progress import Progress
   from thinking_lm.training import loop, state, storage, workdir
@@ -96,14 +97,17 @@ def run(part: str, arm: Arm, seed: int, directory: pathlib.Path) -> dict[str, An
   key = state.key(seed, "evaluate")
   found = evaluators.evaluate(built, params, "test", key=key, batch_size=64, progress=Progress())
   task = built.data.task
+  parameters = sum(leaf.size for leaf in _leaves(params))
+  moved = training_traffic(built.config, built.data.vocabulary.size, built.data.sequence_length, parameters).total
   values = summary.summarise(found, tagging=task is not None, task=task is not None)
   row = dict(
     made_by=made_by,
     arm=arm.name,
     seed=seed,
     steps=steps,
-    parameters=sum(leaf.size for leaf in _leaves(params)),
+    parameters=parameters,
     flops=flops * steps,
+    moved=moved * steps,
     seconds=seconds,
     think_per_real=values["think_tokens"] / values["real_tokens"],
     **{name: values["arms"][values["reference"]][name] for name in ("bits_per_byte", "accuracy")},
@@ -127,11 +131,12 @@ def table(part: str, rows: list[Mapping[str, Any]]) -> str:
 
   measure = "accuracy" if part == "word_problem" else "bits_per_byte"
   base = rows[0]
-  lines = [("arm", "seed", measure, "parameters", "steps", "think/real", "FLOPs", "x none", "seconds")]
+  lines = [("arm", "seed", measure, "parameters", "steps", "think/real", "FLOPs", "x none", "bytes", "seconds")]
   for row in rows:
     cost = (
       f"{row['flops']:.2e}",
       f"{row['flops'] / base['flops']:.2f}",
+      f"{row['moved']:.2e}",
       "-" if row["seconds"] is None else f"{row['seconds']:.0f}",
     )
     size = (f"{row['parameters']:,}", str(row["steps"]), f"{row['think_per_real']:.3f}")

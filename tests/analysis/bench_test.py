@@ -3,14 +3,15 @@
 import dataclasses
 import json
 import math
+import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from tests import quick
 from thinking_lm.analysis import (
   bench,
   bench_checkpoint,
@@ -20,12 +21,15 @@ from thinking_lm.analysis import (
   bench_plain,
   bench_private,
   bench_quiet,
+  bench_suites,
 )
 from thinking_lm.analysis import bench_problem as problem
 from thinking_lm.analysis.bench import Bar, Case, Result, Variant, measure, over_floor, ratio, record, table
 from thinking_lm.model.rollout import rollout
 from thinking_lm.thoughts.placement import place
 from thinking_lm.types import Vocabulary
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def results(**seconds):
@@ -161,8 +165,37 @@ def test_the_halting_suite_can_be_traced_and_its_lengths_are_those_of_the_loop()
   np.testing.assert_allclose(bench_halting.lengths(0.2, 3), (ends.mean(), turns), rtol=0.03)
 
 
-def test_an_unknown_suite_is_told():
-  # A process of its own: two commands in one would define the same flags.
-  command = [sys.executable, "-m", "thinking_lm.bench", "--suite=fast"]
-  ended = subprocess.run(command, capture_output=True, text=True, check=False)
-  assert ended.returncode == 64 and re.search("^error: .*plain.*fast", ended.stderr)
+def test_what_has_become_of_a_case_is_told():
+  def kept(mib, **seconds):
+    variants = {name: dict(seconds=each, temp_bytes=mib * 2**20) for name, each in seconds.items()}
+    return dict(reference="plain", variants=variants)
+
+  before = kept(100, plain=[1.0, 2.0, 3.0], think=[2.0, 4.2, 6.0], fast=[3.0, 6.0, 9.0], same=[2.0, 4.4, 6.0])
+  now = kept(103, plain=[2.0, 2.0], think=[4.3, 4.4], fast=[5.0, 4.0], same=[4.1, 4.6], new=[1.0, 1.0])
+  lines = {line.split(":")[0].strip(): line for line in bench.against(before, now).splitlines()}
+  assert "2.000 -> 2.175, SLOWER, 100.0 -> 103.0 MiB, MORE MEMORY" in lines["think"]
+  assert "3.000 -> 2.250, faster" in lines["fast"]
+  assert "SLOWER" not in lines["same"] and "faster" not in lines["same"], "the rounds overlap"
+  assert "was not measured" in lines["new"]
+  compiled = kept(100, plain=[], think=[])
+  assert "SLOWER" not in bench.against(compiled, compiled) and "MORE" not in bench.against(compiled, compiled)
+
+
+@pytest.mark.parametrize("suite", sorted(set(bench_suites.SUITES) - {"chip"}))
+def test_every_suite_has_an_earlier_result_to_go_against(suite):
+  before = json.loads((ROOT / f"configs/bench/{suite}.json").read_text())
+  assert before["suite"] == suite and before["code"]["commit"] and before["hardware"]["cpu"]
+  assert set(before["cases"]) == {case.name for case in bench_suites.SUITES[suite]()}
+  assert all(bench.against(case, case) for case in before["cases"].values())
+
+
+def test_another_suite_or_an_unknown_one_is_told(tmp_path):
+  code, _, told = quick.command("bench", "--suite=fast")
+  assert code == 64 and re.search("^error: .*plain.*fast", told)
+  (tmp_path / "other.json").write_text("{}")
+  for file, words in (
+    (ROOT / "configs/bench/plain.json", "is of suite plain"),
+    (tmp_path / "other.json", "is not what"),
+  ):
+    code, _, told = quick.command("bench", "--suite=data", f"--against={file}")
+    assert code == 64 and words in told and told.count("\n") == 1

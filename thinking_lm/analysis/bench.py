@@ -23,6 +23,7 @@ class Variant(NamedTuple):
 
   function, arguments: what is timed: a pure function of arrays, or any callable of the host with compiled = False.
   flops: FLOPs that the work needs by the ledger (not those that this variant spends): its floor; 0 if unknown.
+  moved: bytes that this work of ours moves between memory and chip by the ledger (`analysis/traffic.py`); 0 if unknown.
   tokens: what `tokens_per_second` counts. after: what follows each call and is not timed.
   """
 
@@ -30,6 +31,7 @@ class Variant(NamedTuple):
   function: Callable
   arguments: tuple = ()
   flops: float = 0.0
+  moved: float = 0.0
   tokens: int = 0
   compiled: bool = True
   after: Callable[[], Any] = lambda: None
@@ -41,8 +43,7 @@ class Result:
 
   seconds: CPU seconds of each round (wall seconds on an accelerator). compile_seconds: CPU seconds of XLA.
   temp_bytes: what the compiled program needs besides its arguments and results; all that it needs, where a chip's
-  compiler refused it. xla_flops: XLA's own count, in which
-  the body of a loop counts once.
+  compiler refused it. xla_flops, xla_bytes: XLA's own counts of FLOPs and of bytes accessed; loop bodies count once.
   """
 
   variant: Variant
@@ -50,6 +51,7 @@ class Result:
   compile_seconds: float = 0.0
   temp_bytes: int = 0
   xla_flops: float = 0.0
+  xla_bytes: float = 0.0
 
   @property
   def median(self) -> float:
@@ -156,7 +158,8 @@ def _compile(variant: Variant, result: Result):
   finally:
     result.compile_seconds = time.process_time() - start
   result.temp_bytes = compiled.memory_analysis().temp_size_in_bytes
-  result.xla_flops = (compiled.cost_analysis() or {}).get("flops", 0.0)
+  counts = compiled.cost_analysis() or {}
+  result.xla_flops, result.xla_bytes = counts.get("flops", 0.0), counts.get("bytes accessed", 0.0)
   return compiled
 
 
@@ -164,13 +167,16 @@ def table(case: Case, results: Results) -> str:
   """The results of a case for people: one line a variant, one line a bar."""
   first = next(iter(results))
   width = max(map(len, results))
-  lines = [f"{case.name}\n  {'':{width}}     seconds    x {first[:8]:8}  x floor  tokens/s   temp MiB  compile s"]
+  lines = [
+    f"{case.name}\n  {'':{width}}     seconds    x {first[:8]:8}  x floor  tokens/s  GB moved   temp MiB  compile s"
+  ]
   for name, result in results.items():
     timed = f"{'':43}"
     if case.timed:
       timed = f"{result.median:12.4g} {ratio(results, name, first):10.3f} {over_floor(results, name, first):10.3f}"
       timed += f" {result.tokens_per_second:9.4g}"
-    lines.append(f"  {name:{width}} {timed} {result.temp_bytes / 2**20:10.1f} {result.compile_seconds:10.1f}")
+    moved = f"{result.variant.moved / 1e9:9.3g}" if result.variant.moved else f"{'-':>9}"
+    lines.append(f"  {name:{width}} {timed} {moved} {result.temp_bytes / 2**20:10.1f} {result.compile_seconds:10.1f}")
   for bar in case.bars:
     value = bar.value(results)
     word, sign = ("met" if _met(bar, value) else "MISSED"), ("<=" if bar.at_most else ">=")
@@ -189,7 +195,9 @@ def record(case: Case, results: Results) -> dict[str, Any]:
       ratio=ratio(results, name, first) if case.timed else None,
       over_floor=known(over_floor(results, name, first)) if case.timed else None,
       flops=result.variant.flops,
+      moved=result.variant.moved,
       xla_flops=result.xla_flops,
+      xla_bytes=result.xla_bytes,
       tokens=result.variant.tokens,
       temp_bytes=result.temp_bytes,
       compile_seconds=result.compile_seconds,
@@ -199,6 +207,40 @@ def record(case: Case, results: Results) -> dict[str, Any]:
   values = {bar.what: (bar, bar.value(results)) for bar in case.bars}
   bars = {what: dict(value=value, bar=bar.limit, met=_met(bar, value)) for what, (bar, value) in values.items()}
   return dict(reference=first, variants=variants, bars=bars)
+
+
+MORE_BYTES = 1.02
+"""Temporaries may grow by this factor before it is said: compiler versions differ by as much."""
+
+
+def against(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+  """What has become of a case since an earlier `record` of it: one line a variant.
+
+  Times are ratios to the case's first variant. A variant is called slower or faster if every round's ratio is above, or
+  below, every one of the earlier rounds: by chance that is one case in 126 with five rounds each. Temporary bytes do
+  not vary from run to run.
+  """
+  lines = [f"  since then: x {now['reference']}, temporary bytes"]
+  for name, new in now["variants"].items():
+    if (old := before["variants"].get(name)) is None:
+      lines.append(f"    {name}: was not measured")
+      continue
+    rounds = [_in_rounds(each, name) for each in (before, now)]
+    words = []
+    if all(rounds):
+      low, high = min(rounds[1]) > max(rounds[0]), max(rounds[1]) < min(rounds[0])
+      words.append(f"{statistics.median(rounds[0]):.3f} -> {statistics.median(rounds[1]):.3f}")
+      words += ["SLOWER"] * low + ["faster"] * high
+    bytes_ = [each["temp_bytes"] for each in (old, new)]
+    words.append(f"{bytes_[0] / 2**20:.1f} -> {bytes_[1] / 2**20:.1f} MiB")
+    words += ["MORE MEMORY"] * (bytes_[1] > MORE_BYTES * bytes_[0])
+    lines.append(f"    {name}: {', '.join(words)}")
+  return "\n".join(lines)
+
+
+def _in_rounds(kept: Mapping[str, Any], name: str) -> list[float]:
+  variants = kept["variants"]
+  return [a / b for a, b in zip(variants[name]["seconds"], variants[kept["reference"]]["seconds"], strict=True)]
 
 
 def _met(bar: Bar, value: float) -> bool:

@@ -43,7 +43,7 @@ def _against_a_peer(B: int) -> bool:
 
 def _variant(name: str, model: Model, function, B: int, thought: ThoughtConfig, tokens: int) -> Variant:
   flops = B * ledger(model.config, V, thought, T, aligned=0, gradient=False).total
-  return Variant(name, function, (problem.params(model), problem.batch(B, T, V)), flops, tokens)
+  return Variant(name, function, (problem.params(model), problem.batch(B, T, V)), flops, tokens=tokens)
 
 
 def thoughts(B: int) -> list[Variant]:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 from thinking_lm.analysis import bench_problem as problem
 from thinking_lm.analysis.bench import Bar, Case, Variant, ratio
-from thinking_lm.analysis.flops import ledger
 from thinking_lm.objectives.objective import ObjectiveConfig
 from thinking_lm.thoughts.spec import ThoughtConfig
 
@@ -51,6 +50,6 @@ def variants(B: int, T: int, options: dict) -> Iterator[Variant]:
   )
   for name, (thought, length) in thoughts.items():
     total = problem.loss(model, thought, ObjectiveConfig())
-    flops = B * ledger(model.config, V, thought, length, aligned=0, gradient=True).floor
+    work = problem.work(model, thought, B, length)
     arguments = (problem.params(model), problem.batch(B, length, V))
-    yield Variant(name, problem.gradient(total), arguments, flops, B * length)
+    yield Variant(name, problem.gradient(total), arguments, *work, B * length)

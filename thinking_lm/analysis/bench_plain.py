@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from thinking_lm.analysis import bench_problem as problem
 from thinking_lm.analysis import peers
 from thinking_lm.analysis.bench import Bar, Case, Variant, ratio
-from thinking_lm.analysis.flops import ledger
 from thinking_lm.objectives.objective import ObjectiveConfig
 from thinking_lm.thoughts.spec import ThoughtConfig
 
@@ -56,9 +55,9 @@ def backends(B: int, T: int) -> Iterator[Variant]:
   """The gradient of the plain loss by backend of attention, with a vocabulary that costs little."""
   for name, options in BACKENDS.items():
     model = problem.model(512, **options)
-    flops = B * ledger(model.config, 512, ThoughtConfig(length=0), T, aligned=0, gradient=True).floor
+    work = problem.work(model, ThoughtConfig(length=0), B, T)
     step = problem.gradient(problem.plain(model))
-    yield Variant(name, step, (problem.params(model), problem.batch(B, T, 512)), flops, B * T)
+    yield Variant(name, step, (problem.params(model), problem.batch(B, T, 512)), *work, B * T)
 
 
 PEER = Bar(
@@ -78,10 +77,10 @@ NOTHING_BARS = (
 def nothing(V: int, B: int, T: int) -> Iterator[Variant]:
   """The gradient of the plain decoder by hand, and of the package's loss with thoughts of length 0."""
   model = problem.model(V)
-  flops = B * ledger(model.config, V, ThoughtConfig(length=0), T, aligned=0, gradient=True).floor
+  work = problem.work(model, ThoughtConfig(length=0), B, T)
   totals = dict(by_hand=problem.written(model), n0=problem.loss(model, NOTHING, ObjectiveConfig()))
   for name, total in totals.items():
-    yield Variant(name, problem.gradient(total), (problem.params(model), problem.batch(B, T, V)), flops, B * T)
+    yield Variant(name, problem.gradient(total), (problem.params(model), problem.batch(B, T, V)), *work, B * T)
 
 
 def _ours(bf16: bool) -> list[str]:
@@ -95,14 +94,14 @@ def _fastest(results, bf16: bool) -> float:
 def variants(V: int, B: int, T: int) -> Iterator[Variant]:
   """By hand as in many a decoder, by hand with 2-D products and a scan over layers, ours, and a peer if installed."""
   model, batch = problem.model(V), problem.batch(B, T, V)
-  flops = B * ledger(model.config, V, ThoughtConfig(length=0), T, aligned=0, gradient=True).floor
+  work = problem.work(model, ThoughtConfig(length=0), B, T)
   by_hand = dict(by_hand=problem.written(model), naive=problem.written(model, product=lambda x, w: x @ w, unroll=True))
   for name, total in by_hand.items():
     step, state = problem.train_step(model, total)
-    yield Variant(name, step, (state, batch), flops, B * T)
+    yield Variant(name, step, (state, batch), *work, B * T)
   for name, (options, accumulation) in OPTIONS.items():
     model = problem.model(V, **options)
     step, state = problem.train_step(model, problem.plain(model), accumulation)
-    yield Variant(name, step, (state, batch), flops, B * T)
+    yield Variant(name, step, (state, batch), *work, B * T)
   if peers.installed():
-    yield Variant("hugging_face", peers.train_step(V, B, T), (), flops, B * T, compiled=False)
+    yield Variant("hugging_face", peers.train_step(V, B, T), (), *work, B * T, compiled=False)

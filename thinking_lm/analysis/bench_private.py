@@ -10,7 +10,6 @@ import jax
 
 from thinking_lm.analysis import bench_problem as problem
 from thinking_lm.analysis.bench import Bar, Case, Variant, ratio
-from thinking_lm.analysis.flops import ledger
 from thinking_lm.objectives.objective import ObjectiveConfig
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.thoughts.tokens import draw
@@ -50,15 +49,15 @@ def _equal_bars(limit: float):
 def _private(V, T, B, n, G=1, name="private", **options) -> Variant:
   model = problem.model(V, **options)
   step = problem.gradient(problem.loss(model, thought(n, G), goal(G)))
-  flops = B * ledger(model.config, V, thought(n, G), T, aligned=0, gradient=True).floor
-  return Variant(name, step, (problem.params(model), problem.batch(B, T, V)), flops, (1 + G * n) * B * T)
+  work = problem.work(model, thought(n, G), B, T)
+  return Variant(name, step, (problem.params(model), problem.batch(B, T, V)), *work, (1 + G * n) * B * T)
 
 
 def _plain(V, T, B, name, **options) -> Variant:
   model = problem.model(V, **options)
-  flops = B * ledger(model.config, V, ThoughtConfig(length=0), T, aligned=0, gradient=True).floor
+  work = problem.work(model, ThoughtConfig(length=0), B, T)
   step = problem.gradient(problem.plain(model))
-  return Variant(name, step, (problem.params(model), problem.batch(B, T, V)), flops, B * T)
+  return Variant(name, step, (problem.params(model), problem.batch(B, T, V)), *work, B * T)
 
 
 def steps(V: int, T: int, B: int, n: int) -> Iterator[Variant]:

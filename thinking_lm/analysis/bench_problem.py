@@ -4,12 +4,15 @@ The decoder written by hand is no code of the package: what the package's genera
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from thinking_lm.analysis.flops import ledger
+from thinking_lm.analysis.traffic import gradient_traffic
 from thinking_lm.metrics import Mean
 from thinking_lm.model.decoder import Model, ModelConfig
 from thinking_lm.model.rollout import rollout
@@ -73,6 +76,13 @@ def plain(model: Model) -> Loss:
 def gradient(total: Loss):
   """(params, batch) -> gradient of the sum."""
   return jax.grad(lambda params, batch: total(params, batch)[0])
+
+
+def work(model: Model, thought: ThoughtConfig, B: int, T: int) -> tuple[float, float]:
+  """FLOPs that the gradient of a batch needs, and bytes that it moves, by the ledger."""
+  V, parameters = model.vocabulary_size, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.shapes))
+  moved = gradient_traffic(model.config, thought, V, T, parameters, rows=B, aligned=0)
+  return B * ledger(model.config, V, thought, T, aligned=0, gradient=True).floor, moved.total
 
 
 def train_step(model: Model, total: Loss, accumulation: int = 1):

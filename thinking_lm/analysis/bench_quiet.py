@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from thinking_lm.analysis import bench_private
 from thinking_lm.analysis import bench_problem as problem
 from thinking_lm.analysis.bench import Bar, Case, Variant, ratio
-from thinking_lm.analysis.flops import ledger
 from thinking_lm.metrics import Mean
 from thinking_lm.model.decoder import Model
 
@@ -35,11 +34,11 @@ def cases() -> Iterator[Case]:
 def variants(V: int, T: int, B: int, n: int) -> list[Variant]:
   """Both take the gradient of the same objective: NLL without and with a thought, and REINFORCE on the gain."""
   model, thought, goal = problem.model(V), bench_private.thought(n), bench_private.goal(1)
-  flops = B * ledger(model.config, V, thought, T, aligned=0, gradient=True).floor
+  work = problem.work(model, thought, B, T)
   arguments = (problem.params(model), problem.batch(B, T, V))
   totals = dict(private=problem.loss(model, thought, goal), stand_in=stand_in(model, n))
   tokens = (1 + n) * B * T
-  return [Variant(name, problem.gradient(total), arguments, flops, tokens) for name, total in totals.items()]
+  return [Variant(name, problem.gradient(total), arguments, *work, tokens) for name, total in totals.items()]
 
 
 def stand_in(model: Model, n: int, draw: Callable = jax.random.categorical) -> problem.Loss:

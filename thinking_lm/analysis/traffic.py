@@ -121,6 +121,36 @@ def layer_channels(model) -> int:
   return 6 * D + 4 * E * (model.heads + model.resolved_kv_heads) + 3 * F
 
 
+def gradient_traffic(
+  model, thought, vocabulary_size: int, T: int, parameters: int, rows: float, aligned: int, micro=1, tensor=1
+) -> Traffic:
+  """The Traffic of a loss and its gradient, of a ModelConfig and a ThoughtConfig.
+
+  Args:
+    parameters: their number. rows: of T real tokens. aligned: as of `placement.place`. micro: batches that the rows are
+      taken in; gradients are written, of several the sum is read and written as well. tensor: devices that split
+      weights; then of one of these, which have the same rows.
+  """
+  width = 2 if model.compute_dtype == "bfloat16" else 4
+  run = passes(model, thought, T, aligned)
+  again = run.again or model.remat == "full"
+  table = model.width * table_rows(model, vocabulary_size, thought.confidences)
+  layers = parameters - table * (1 if model.tie_embeddings else 2)
+  backward = 1 + again
+  written = model.attention not in FUSED
+  key = 2 * model.resolved_kv_heads * model.resolved_head_width  # and its value
+  return Traffic(
+    weights=micro * width * ((run.forward + run.backward * backward) * layers + 3 * table) / tensor,
+    activations=rows * width * (run.work + 1 + backward) * model.layers * run.slots * layer_channels(model) / tensor,
+    scores=written
+    * (rows * model.layers * model.heads * run.scores / tensor)
+    * ((run.work + again) * SCORE["forward"] + SCORE["backward"]),
+    cache=rows * width * (1 + run.again) * model.layers * run.cached * key / tensor,
+    logits=rows * sum(LOGIT.values()) * run.heads * table / model.width / tensor,
+    state=4 * (3 * micro if micro > 1 else 1) * parameters / tensor,
+  )
+
+
 def training_traffic(config, vocabulary_size: int, T: int, parameters: int, sizes: Mapping[str, int] | None = None):
   """The Traffic of one training step of an ExperimentConfig.
 
@@ -129,31 +159,14 @@ def training_traffic(config, vocabulary_size: int, T: int, parameters: int, size
       of them but `tensor`, weights by `tensor` (each device gathers the rest before it reads it), state by both `fsdp`
       and `tensor`. None: of one device that does it all.
   """
-  m, width = config.model, 2 if config.model.compute_dtype == "bfloat16" else 4
-  run = passes(m, config.thought, T, config.data.aligned)
   sizes = sizes or dict(fsdp=1, tensor=1)
-  tensor = sizes["tensor"]
+  tensor, micro = sizes["tensor"], config.train.accumulation
   rows = config.train.batch_size * tensor / math.prod(sizes.values())
-  again = run.again or m.remat == "full"
-  table = m.width * table_rows(m, vocabulary_size, config.thought.confidences)
-  layers = parameters - table * (1 if m.tie_embeddings else 2)
-  micro = config.train.accumulation
-  sums = 3 * micro if micro > 1 else 1  # a gradient is written; of several, the sum is read and written as well
-  moved = STATE + sums + 2 * (config.optimizer.ema > 0)
-  casts = 6 * micro if width == 2 else 0  # float32 read, the compute type written
-  backward = 1 + again
-  written = m.attention not in FUSED
-  key = 2 * m.resolved_kv_heads * m.resolved_head_width  # and its value
-  return Traffic(
-    weights=micro * width * ((run.forward + run.backward * backward) * layers + 3 * table) / tensor,
-    activations=rows * width * (run.work + 1 + backward) * m.layers * run.slots * layer_channels(m) / tensor,
-    scores=written
-    * (rows * m.layers * m.heads * run.scores / tensor)
-    * ((run.work + again) * SCORE["forward"] + SCORE["backward"]),
-    cache=rows * width * (1 + run.again) * m.layers * run.cached * key / tensor,
-    logits=rows * sum(LOGIT.values()) * run.heads * table / m.width / tensor,
-    state=(4 * moved + casts) * parameters / (sizes["fsdp"] * tensor),
-  )
+  each = vocabulary_size, T, parameters
+  gradient = gradient_traffic(config.model, config.thought, *each, rows, config.data.aligned, micro, tensor)
+  updated = 4 * (STATE + 2 * (config.optimizer.ema > 0)) * parameters / tensor
+  casts = 6 * micro * parameters / tensor * (config.model.compute_dtype == "bfloat16")  # float32 read, bfloat16 written
+  return dataclasses.replace(gradient, state=(gradient.state + updated + casts) / sizes["fsdp"])
 
 
 def work(config, vocabulary_size: int, T: int, parameters: int, peak: float) -> Work:
