@@ -226,8 +226,10 @@ class Experiment:
     if not c.thought.length or not 0 < c.health.every <= c.train.steps:
       return ()
     terms = {}
-    if goal.score_weight and (goal.nll_weight or goal.base_weight):
-      alone = dict(nll_grad_norm=dict(score_weight=0.0), score_grad_norm=dict(nll_weight=0.0, base_weight=0.0))
+    if goal.score_weight:
+      alone = dict(score=dict(nll_weight=0.0, base_weight=0.0))
+      if goal.nll_weight or goal.base_weight:
+        alone["nll"] = dict(score_weight=0.0)
       for name, change in alone.items():
         terms[name] = self.with_sections(
           objective=dataclasses.replace(goal, entropy_weight=0.0, kl_weight=0.0, **change)

@@ -11,11 +11,12 @@ import pytest
 from tests.evaluation import harness
 from thinking_lm import experiment
 from thinking_lm.errors import DivergedError
-from thinking_lm.evaluation.health import Examination, effective_rank, percentile
+from thinking_lm.evaluation.health import Examination, _of_half, effective_rank, norm_and_snr, percentile
 from thinking_lm.objectives.health import HealthConfig, History, rules
 from thinking_lm.training import loop
 from thinking_lm.training.state import TrainState
 from thinking_lm.training.writers import read_rows
+from thinking_lm.types import Carried
 
 TWO = dict(kind="sampled", length=2, topology="persistent", samples=2, lookahead=0)
 
@@ -44,6 +45,10 @@ def test_effects_are_differences_of_nats(topology):
   assert found["effect_none"] == pytest.approx(nats(0) - nats(2), abs=1e-5)
   assert found["effect_shuffled"] != 0
   assert 0 <= found["sampler_mismatch_mean"] <= found["sampler_mismatch"] < 1e-4
+  assert found["sampler_ratio"] == pytest.approx(1, abs=1e-4)
+  own = jax.jit(subject.rollout, static_argnames="thought")(params, batch, harness.KEY, thought=thought)
+  logp_NJ = np.asarray(own.token_logp_BGNJ)[np.asarray(own.chosen_BGNJ)].reshape(-1, 2)  # every thought has both tokens
+  assert found["think_entropy_lowest"] == pytest.approx(-logp_NJ.mean(axis=0).max(), rel=1e-5)
 
 
 def test_a_model_that_ignores_its_thoughts_shows_no_effect():
@@ -110,6 +115,31 @@ def test_rotary_positions_that_differ_between_sampler_and_learner_are_a_mismatch
   found = examine(Apart(subject.config, subject.data, subject.model), params)
   assert found["sampler_mismatch"] > 1e-3
   assert found["sampler_mismatch"] > found["sampler_mismatch_mean"] > 1e-4
+  assert found["sampler_ratio"] != pytest.approx(1, abs=1e-5)
+
+
+def test_signal_to_noise_is_that_of_the_mean_gradient():
+  """Many batches of eight rows, whose gradients are a true one and noise."""
+  rng, true, std = np.random.default_rng(0), np.array([1.0, -2.0, 0.5]), 3.0
+  rows = (true + std * rng.normal(size=(4000, 8, 3))).astype(np.float32)
+  halves = [(jnp.asarray(rows[:, half::2].sum(axis=1)), jnp.full(4000, 4.0)) for half in (0, 1)]
+  signal, noise = (true**2).sum(), 3 * std**2 / 8
+  a, b = (sums / counts[:, None] for sums, counts in halves)
+  np.testing.assert_allclose(np.mean((a * b).sum(axis=1)), signal, rtol=0.05)
+  np.testing.assert_allclose(np.mean(((a - b) ** 2).sum(axis=1)) / 4, noise, rtol=0.05)
+  found = jax.vmap(norm_and_snr)(*halves)
+  np.testing.assert_allclose(found["norm"], np.linalg.norm(rows.mean(axis=1), axis=1), rtol=1e-5)
+  np.testing.assert_allclose(found["snr"], (a * b).sum(axis=1) / (((a - b) ** 2).sum(axis=1) / 4), rtol=1e-4)
+
+
+def test_the_halves_of_a_batch_are_the_batch():
+  subject, params, _ = harness.make(thought=TWO | dict(topology="private", lookahead=1))
+  batch = jax.tree.map(jnp.asarray, next(iter(subject.data.evaluation_batches("validation", batch_size=5))))
+  whole, metrics = jax.jit(jax.grad(subject.loss_fn, has_aux=True))(params, batch, harness.KEY, Carried())
+  half = jax.jit(_of_half(subject.loss_fn))
+  (even, some), (odd, others) = (half(params, batch, harness.KEY, Carried(), number) for number in (0, 1))
+  assert some + others == metrics["loss"].count and some > others > 0
+  jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a + b, c, rtol=1e-4, atol=1e-5), even, odd, whole)
 
 
 def test_rank_counts_directions():
@@ -155,6 +185,7 @@ def test_a_run_logs_signs_and_examinations_and_says_its_alarms(tmp_path, caplog)
   looks = [row for row in rows if "effect_none" in row]
   assert [row["step"] for row in looks] == [2, 4]
   wanted = {"effect_shuffled", "sampler_mismatch", "nll_grad_norm", "score_grad_norm", "thought_rank"}
+  wanted |= {"nll_grad_snr", "score_grad_snr", "sampler_ratio", "think_entropy_lowest"}
   assert wanted <= looks[0].keys() and looks[0]["score_grad_norm"] > 0
   assert rows[0]["alarm_repeated"] == 1 and "repeated at step 1" in caplog.text
 

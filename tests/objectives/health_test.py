@@ -31,7 +31,7 @@ def trace(tokens_BGNJ=None, inputs_BGNJD=None, used=n, valid_BN=None) -> Trace:
   return Trace(**blank | dict(thoughts=thoughts, used_BGN=used_BGN, valid_BN=jnp.asarray(valid_BN)))
 
 
-RULE_NAMES = rules(HealthConfig(entropy_stop=0.05), 40, False).keys()
+RULE_NAMES = rules(HealthConfig(entropy_stop=0.05, snr=0.1), 40, False).keys()
 
 
 def thought(**changes) -> ThoughtConfig:
@@ -120,11 +120,13 @@ HEALTHY = dict(
   kl=0.01, nll_grad_norm=1.0, score_grad_norm=0.5, sampler_mismatch=1e-6, effect_none=0.2, reward=-2.0,
   length_reward=0.1, chain_grad_first=0.1, chain_grad_last=2.0, repeated_pairs=0.1, distinct_thoughts=0.9,
   thought_rank=3.0, approx_kl=0.01, clip_fraction=0.1, effect_shuffled=0.15, effect_pause=0.1,
+  think_entropy_lowest=1.0, sampler_ratio=1.001, score_grad_snr=0.5,
 )  # fmt: skip
 FAILURES = dict(
   entropy_low=dict(think_entropy=0.5),
   entropy_high=dict(think_entropy=3.1),
   entropy_uniform=dict(think_entropy=0.95 * math.log(40)),
+  entropy_place=dict(think_entropy_lowest=0.05),
   empty=dict(empty_thoughts=0.9),
   full=dict(full_thoughts=0.6),
   repeated=dict(repeated_tokens=0.95),
@@ -140,6 +142,7 @@ FAILURES = dict(
   gradients=dict(score_grad_norm=1e-4),
   chain=dict(chain_grad_first=1e-3),
   mismatch=dict(sampler_mismatch=1e-3),
+  ratio=dict(sampler_ratio=0.98),
   effect=dict(effect_none=-0.01, reward=-1.0),
   content=dict(effect_shuffled=0.01),
 )
@@ -163,8 +166,13 @@ def test_each_rule_sees_its_failure_and_nothing_else_does(name):
   assert found - {"entropy_high", "entropy_uniform"} == {name} - {"entropy_high", "entropy_uniform"} and name in found
 
 
+def test_a_gradient_of_noise_is_said_where_a_threshold_asks():
+  rows = [HEALTHY | dict(score_grad_snr=-0.01)] * 3
+  assert alarms_of(rows) == set() and alarms_of(rows, HealthConfig(snr=0.1)) == {"snr"}
+
+
 def test_all_rules_are_tested_and_each_can_be_switched_off():
-  assert set(FAILURES) | {"entropy_stop"} == set(RULE_NAMES)
+  assert set(FAILURES) | {"entropy_stop", "snr"} == set(RULE_NAMES)
   off = HealthConfig(**{name: False if name == "effect" else 0.0 for name in RULE_NAMES if name not in ALWAYS})
   assert set(rules(off, 40, False)) == ALWAYS - {"entropy_uniform"}
 

@@ -6,9 +6,13 @@ thoughts that gains. think_length_p95: think tokens that 95 % of the thoughts ne
 end by themselves (metrics of training are sums over rows, which a percentile is not). sampler_mismatch,
 sampler_mismatch_mean: largest and mean absolute difference between the log-probabilities of a drawn think token as
 training draws it, one slot after the other, and as a parallel pass over the tokens scores it, in nats; a private
-thought is trained on the former (`model/replay.py`), a persistent one on the latter. nll_grad_norm, score_grad_norm:
-norms of the two terms' gradients, as weighted, the former with that of the targets without thoughts; where one of them
-has no weight there is nothing to compare. chain_grad_first, chain_grad_last: norms of the gradient, in nats per target,
+thought is trained on the former (`model/replay.py`), a persistent one on the latter. sampler_ratio: the mean over these
+tokens of the latter probability over the former, which is 1 in expectation. think_entropy_lowest: mean surprisal, -log
+pi of what was drawn, of the think token for which it is lowest, the first, the second, ...: an estimate of its entropy.
+nll_grad_norm, score_grad_norm: norms of the two terms' gradients, as weighted, in nats per target, the former with that
+of the targets without thoughts, if both have a weight. nll_grad_snr, score_grad_snr: signal to noise of these, squared
+norm of the expected gradient over the variance of this batch's, from its even and its odd rows, which disagree by noise
+alone; an estimate, which may be below 0. chain_grad_first, chain_grad_last: norms of the gradient, in nats per target,
 that reaches the first and the last think token of thoughts whose tokens are made one from another; of one-token
 thoughts that stay in the context, of the first and the last in a row. thought_rank: effective dimensions of the last
 think inputs, (sum of variances)^2 / sum of squared covariances.
@@ -36,7 +40,7 @@ class Examination:
   """The hook. It looks at the first batch of a split, with the same random key every time, and changes nothing.
 
   Args:
-    terms: name of a norm -> the loss function of that term alone; see `training.step.LossFn`.
+    terms: nll, score -> the loss function of that term alone; see `training.step.LossFn`.
     put: this process' rows of a batch -> the global batch on the devices.
   """
 
@@ -56,7 +60,7 @@ class Examination:
     self._split, self._size, self._subject, self._key, self._put = split, size, subject, key, put
     self._thought = dataclasses.replace(subject.config.thought, samples=1)
     self._look = jax.jit(self._effects)
-    self._terms = {name: jax.jit(jax.grad(term, has_aux=True)) for name, term in terms.items()}
+    self._terms = {name: jax.jit(_of_half(term)) for name, term in terms.items()}
     self._batch: Batch | None = None
 
   def __call__(self, step: int, state: Any) -> Mapping[str, float]:
@@ -66,8 +70,8 @@ class Examination:
     found = self._look(state.params, batch)
     carried = Carried(step=state.step, extra=state.extra)
     for name, gradient in self._terms.items():
-      grads, metrics = gradient(state.params, batch, self._key, carried)
-      found[name] = optax.tree.norm(grads) / jnp.maximum(metrics["loss"].count, 1)
+      halves = [gradient(state.params, batch, self._key, carried, half) for half in (0, 1)]
+      found |= {f"{name}_grad_{what}": number for what, number in jax.jit(norm_and_snr)(*halves).items()}
     return {name: float(value) for name, value in jax.device_get(found).items()}
 
   def _rows(self) -> Batch:
@@ -119,9 +123,15 @@ class Examination:
     if thought.topology == "persistent" and thought.rescore:  # `own` has the scores already: draw with them
       drawn = self._subject.rollout(params, batch, self._key, thought=dataclasses.replace(thought, rescore=False))
     scored = self._subject.rollout(params, batch, self._key, given=drawn.thoughts, thought=thought)
-    apart_BGNJ = jnp.abs(drawn.token_logp_BGNJ - scored.token_logp_BGNJ)  # 0 at tokens that nobody chose
-    mean = jnp.sum(apart_BGNJ) / jnp.maximum(jnp.sum(drawn.chosen_BGNJ), 1)
-    return dict(sampler_mismatch=jnp.max(apart_BGNJ, initial=0.0), sampler_mismatch_mean=mean)
+    above_BGNJ = scored.token_logp_BGNJ - drawn.token_logp_BGNJ  # 0 at tokens that nobody chose
+    mean = lambda a_BGNJ: jnp.sum(a_BGNJ * drawn.chosen_BGNJ) / jnp.maximum(jnp.sum(drawn.chosen_BGNJ), 1)
+    apart_BGNJ = jnp.abs(above_BGNJ)
+    found = dict(sampler_mismatch=jnp.max(apart_BGNJ, initial=0.0), sampler_mismatch_mean=mean(apart_BGNJ))
+    if thought.kind_of.discrete:
+      times_J = jnp.sum(own.chosen_BGNJ, axis=(0, 1, 2))
+      surprisal_J = -jnp.sum(own.token_logp_BGNJ, axis=(0, 1, 2)) / jnp.maximum(times_J, 1)
+      found["think_entropy_lowest"] = jnp.min(surprisal_J, initial=jnp.inf, where=times_J > 0)
+    return found | dict(sampler_ratio=mean(jnp.exp(above_BGNJ)))
 
   def _chain(self, params: Params, batch: Batch, own: Trace) -> dict[str, jax.Array]:
     """Norms at both ends of the chain of think tokens; nothing where there is none."""
@@ -147,6 +157,31 @@ class Examination:
     nobody = jax.tree.map(lambda a: jnp.zeros((1, *a.shape[1:]), a.dtype), trace.thoughts)
     no_row_N = jnp.zeros(trace.valid_BN.shape[1], bool)
     return Source(trace.thoughts, trace.valid_BN, decoder.embed_row(decoder.pause), nobody, no_row_N)
+
+
+def _of_half(term: Callable) -> Callable:
+  """(params, batch, key, carried, half) -> (gradient, number of targets) of half of the rows, the even or the odd."""
+
+  def gradient(params, batch, key, carried, half):
+    in_B = jnp.arange(batch.weights_BT.shape[0]) % 2 == half
+    rows = batch.replace(weights_BT=jnp.where(in_B[:, None], batch.weights_BT, 0))
+    grads, metrics = jax.grad(term, has_aux=True)(params, rows, key, carried)
+    return grads, metrics["loss"].count
+
+  return gradient
+
+
+def norm_and_snr(even, odd) -> dict[str, jax.Array]:
+  """Of the mean gradient of two halves of a batch, each as (its sum, number of targets): norm, signal-to-noise ratio.
+
+  With a and b the means of the halves, <a, b> expects the square of the true gradient, and |a - b|^2 / 4 the variance
+  of (a + b) / 2.
+  """
+  (a, b), counts = zip(even, odd, strict=True)
+  norm = optax.tree.norm(optax.tree.add(a, b)) / jnp.maximum(sum(counts), 1)
+  a, b = (optax.tree.scale(1 / jnp.maximum(count, 1), each) for each, count in zip((a, b), counts, strict=True))
+  noise = optax.tree.norm(optax.tree.sub(a, b), squared=True) / 4
+  return dict(norm=norm, snr=optax.tree.vdot(a, b) / jnp.maximum(noise, 1e-30))
 
 
 def _nats(trace: Trace, weights_BT, sample: int = 0) -> jax.Array:

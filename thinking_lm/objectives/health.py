@@ -31,6 +31,9 @@ class HealthConfig:
   entropy_low: float = option(0.3, "warn: entropy of thoughts falls below this share of the first reading", low=0)
   entropy_high: float = option(1.5, "warn: entropy of thoughts rises above so many times the first reading", low=0)
   entropy_stop: float = option(0.0, "stop the run: entropy below this share of the first reading", low=0, high=1)
+  entropy_place: float = option(
+    0.1, "warn: least entropy of the first, second, ... think token, below this share of the first reading", low=0
+  )
   empty: float = option(0.8, "warn: share of thoughts that stop before their first token", low=0, high=1)
   full: float = option(0.5, "warn: share of thoughts that never stop by themselves", low=0, high=1)
   repeated: float = option(0.9, "warn: share of think tokens that repeat the one before", low=0, high=1)
@@ -54,6 +57,10 @@ class HealthConfig:
     1e3, "warn: gradients at one end of a chain of think tokens are so many times the other's", low=0
   )
   mismatch: float = option(0.0, "warn: sampler and learner differ by so many nats; 0: 1e-4, or 0.05 in bfloat16", low=0)
+  ratio: float = option(
+    0.01, "warn: the learner's probability of a drawn token over the sampler's is so far from 1 on average", low=0
+  )
+  snr: float = option(0.0, "warn: signal to noise of the policy's gradient below this (0: off)", low=0)
   effect: bool = option(True, "warn: the reward rises and thoughts have no effect on the prediction")
   content: float = option(
     0.1,
@@ -274,6 +281,7 @@ def rules(
   c, entropy = config, "think_entropy"
   mismatch = c.mismatch or (0.05 if half_precision else 1e-4)
   uniform = 0.9 * math.log(vocabulary_size) if c.entropy_high else 0.0
+  around = (1 - c.ratio, 1 + c.ratio) if c.ratio else (None, None)
   distinct = c.distinct and (1 + c.distinct * (samples - 1)) / samples
   cure = "raise objective.entropy_weight, or lower the learning rate"
   fading = "gradients explode or vanish from think token to think token: shorten thoughts, or lower rates"
@@ -300,9 +308,12 @@ def rules(
       c.gradients, "nll_grad_norm", "score_grad_norm", "one term drowns the other: change objective.score_weight"
     ),
     chain=_balanced(c.chain, "chain_grad_first", "chain_grad_last", fading),
+    entropy_place=_below(c.entropy_place, "think_entropy_lowest", f"one think token is always the same: {cure}"),
+    ratio=Rule(("sampler_ratio",), value("sampler_ratio"), *around, "drawn thoughts are scored as other ones"),
+    snr=_below(c.snr, "score_grad_snr", "the policy's gradient is noise: more samples, or larger batches", value),
     mismatch=_above(mismatch, "sampler_mismatch", "drawn thoughts are scored as other ones"),
     effect=Rule(("effect_none", "reward"), gain_without_effect, None, 0.0 if c.effect else None, unearned),
     content=Rule(CONTENT, content, c.content or None, None, hollow),
   )
   bounded = {name: rule for name, rule in table.items() if (rule.low, rule.high) != (None, None)}
-  return {name: rule for name, rule in bounded.items() if policy or rule.reads != (entropy,)}
+  return {name: rule for name, rule in bounded.items() if policy or "entropy" not in rule.reads[0]}
