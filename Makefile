@@ -10,7 +10,7 @@ PYTEST = NPROC=1 OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-latest plan plan-small lint clean
+.PHONY: help quickstart test test-slow test-latest test-plan plan plan-small lint clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "  %-18s %s\n", $$1, $$2 }'
@@ -26,6 +26,9 @@ test-slow: .venv/.installed  ## run the tests that `make test` leaves out: more 
 
 test-latest: .venv-latest/.installed  ## run what `make test` runs on Python 3.12 with the newest JAX
 	$(PYTEST) .venv-latest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-plan: .venv-plan/.installed  ## run the tests that need the TPU compiler
+	$(PYTEST) .venv-plan/bin/python -m pytest tests/plan_test.py $(ARGS)
 
 plan: .venv-plan/.installed  ## compile every pod of configs/pod and hold it to its budget; no TPU needed, ARGS=--write sets budgets
 	NPROC=1 JAX_PLATFORMS=cpu .venv-plan/bin/python -m thinking_lm.plan --budgets=configs/pod/budgets.json $(ARGS)

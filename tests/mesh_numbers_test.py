@@ -49,8 +49,10 @@ CASES = {
 SLOW = (
   "private jepo along its streams",
   "sampled, drawn and scored",
+  "soft",
   "private gumbel",
   "noisy, paid",
+  "a spoken distribution",
   "ends that a head learns",
   "a value baseline",
 )

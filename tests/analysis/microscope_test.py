@@ -146,6 +146,7 @@ def test_the_model_is_split_into_parts_for_every_bound():
   assert "|g| 1, standard error 0.25" in shown
 
 
+@pytest.mark.slow
 def test_the_gradient_of_parallel_iterations_is_held_against_the_serial_one():
   """Enough passes have none of a gap, few have one, and it is the one that gradients have."""
   batch = None

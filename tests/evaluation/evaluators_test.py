@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.evaluation.harness import KEY, THOUGHT, make, run
+from tests.slow import leaving
 from thinking_lm.errors import ConfigError
 from thinking_lm.evaluation import draws as draws_lib
 from thinking_lm.evaluation import evaluators
@@ -43,7 +44,7 @@ def same(left, right, rtol=0.0, atol=0.0):
       np.testing.assert_allclose(one, two, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize(("kind", "samples"), [("sampled", (1, 2)), ("stream", ())])
+@pytest.mark.parametrize(("kind", "samples"), leaving([("sampled", (1, 2)), ("stream", ())], [("stream", ())]))
 def test_batch_size_changes_nothing_and_a_repetition_not_a_bit(kind, samples):
   made = make(thought=KINDS[kind])
   options = dict(samples=samples, controls=["shuffled"])

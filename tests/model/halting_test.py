@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.slow import leaving
 from thinking_lm.model.decoder import Model, ModelConfig
 from thinking_lm.model.generate import Sampling, generate
 from thinking_lm.model.rollout import rollout
@@ -126,7 +127,7 @@ def test_decoding_stops_and_equals_the_rollout(topology, delimiters):
   np.testing.assert_allclose(made.logp_BX[made.thought_BX], expected[made.thought_BX], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("topology", ["persistent", "private"])
+@pytest.mark.parametrize("topology", leaving(["persistent", "private"], ["persistent"]))
 def test_nobody_waits_for_a_neighbour_who_thinks_longer(topology, monkeypatch):
   """As many turns as the stream with the most slots has, not as many as the longest thought before each token."""
   turns, X, feed = [], 3, Streams.feed
@@ -170,7 +171,10 @@ def after_each_length(topology, kind, n):
   return np.array([one(u) for u in range(n + 1)])
 
 
-@pytest.mark.parametrize("topology,kind", [("persistent", "latent"), ("private", "soft"), ("private", "pause")])
+@pytest.mark.parametrize(
+  "topology,kind",
+  leaving([("persistent", "latent"), ("private", "soft"), ("private", "pause")], [("private", "soft")]),
+)
 def test_low_entropy_ends_a_thought(topology, kind):
   n, (row, anchor) = 2, (np.arange(2), 2)
   logp = after_each_length(topology, kind, n)

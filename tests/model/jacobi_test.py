@@ -9,6 +9,7 @@ import pytest
 
 from tests.model import problem
 from tests.model.problem import ANCHORS, BATCH, TIED, UNTIED, relative
+from tests.slow import leaving
 from thinking_lm.thoughts.spec import ThoughtConfig
 
 Thought = functools.partial(ThoughtConfig, kind="latent", length=2)
@@ -26,7 +27,7 @@ def run(config, thought):
   return jax.device_get(problem.compiled(config, thought)(*arguments))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", leaving(CASES, ["soft"]))
 def test_a_pass_for_every_think_token_and_one_more_are_the_serial_stream(name):
   config, thought = CASES[name]
   (number, trace), gradient = run(config, dataclasses.replace(thought, iterations=ENOUGH))

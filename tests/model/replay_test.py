@@ -8,6 +8,7 @@ import pytest
 
 from tests.model import problem
 from tests.model.problem import BATCH, TIED, UNTIED
+from tests.slow import leaving
 from thinking_lm.model.rollout import rollout
 from thinking_lm.thoughts.spec import ThoughtConfig
 
@@ -19,7 +20,7 @@ CASES = dict(
 )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", leaving(CASES, ["stop_delimited"]))
 def test_drawing_is_scoring(name):
   config, thought = CASES[name]
   assert not thought.faults()

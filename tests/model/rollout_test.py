@@ -48,7 +48,7 @@ CASES = {f"persistent-{name}": case for name, case in PERSISTENT.items()}
 CASES |= {f"private-{name}": case for name, case in PRIVATE.items()}
 SLOW = (
   *("persistent-scanned", "persistent-latent_anchor", "private-latent_linear", "private-sampled_delimited"),
-  *("private-soft", "private-gumbel"),
+  *("private-soft", "private-gumbel", "persistent-noisy", "private-scanned"),
 )
 
 

@@ -141,6 +141,7 @@ def test_it_varies_less_than_reinforce():
   assert (spread("rebar")[1] ** 2).sum() < 0.65 * (spread("plain")[1] ** 2).sum()
 
 
+@pytest.mark.slow
 def test_a_head_learns_what_makes_the_gradient_vary_less():
   """At the logits, where it is taught: less than before, and less than without any variate. In the parameters too."""
   _, before, after = lessons()

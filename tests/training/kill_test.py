@@ -27,7 +27,7 @@ PROGRAMS = dict(
 """name -> (program, kills of either seed, most lines of output before a kill)."""
 
 
-@pytest.fixture(scope="module", params=leaving(PROGRAMS, ["sampled"]))
+@pytest.fixture(scope="module", params=leaving(PROGRAMS, ["toy", "sampled"]))
 def name(request):
   return request.param
 
