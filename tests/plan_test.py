@@ -31,7 +31,7 @@ def test_a_small_pod_is_planned_and_a_batch_that_does_not_fit_is_told(tmp_path):
   done = run(*small, "--config.train.batch_size=4", f"--json={file}")
   assert done.returncode == 0, done.stderr
   found = json.loads(file.read_text())
-  assert found["parts"]["train"]["fits"] and found["parts"]["train"]["collectives"]["all-gather"]["gib"] > 0
+  assert found["parts"]["train"]["fits"] and found["parts"]["train"]["collectives"]["all-gather"]["bytes"] > 0
   large = run(*small, "--config.train.batch_size=4096", "--config.model.remat=none")
   assert large.returncode == 1 and "train needs" in large.stderr and large.stderr.count("\n") == 1
 
