@@ -10,8 +10,10 @@ Measured (the commit that set this config, on 5453381), at price 0.005, test spl
   signs take no token, five to eight one, nine and ten two, more of them four, and no exit but the last is right about
   all. Two layers of width 64 do not follow the difficulty of up to twelve signs (-0.10): they need no steps. Tried on
   the validation split of seed 0: price 0.003 and halt_weight 0.001 end nearly all thoughts at once (0.01, accuracy
-  0.88); mlp_width 8 at price and halt_weight 0.01 had learned nothing after 2,500 steps of 64 rows. Prices were
-  swept on an easier parity only: see BUILD_NOTES.md.
+  0.88); mlp_width 8 at price and halt_weight 0.01 had learned nothing after 2,500 steps of 64 rows.
+  With one XLA thread (NPROC=1, 030c316), which rounds sums differently, the same seeds gave -0.248, 0.698, -0.024:
+  whether a seed learns parity hangs on rounding. Price 0: 94 to 98 % of the cap and 0.417, 0.360, 0.486; price 0.1: no
+  think token and the plain decoder's loss, on all three. BUILD_NOTES.md has the whole frontier.
 """
 
 from thinking_lm import experiment, recipes

@@ -74,7 +74,7 @@ def everything(built, parts=1):
   return jax.jit(step)
 
 
-@pytest.fixture(scope="module", params=["latent", "hybrid"])
+@pytest.fixture(scope="module", params=leaving(["latent", "hybrid"], ["latent"]))
 def reference(request):
   options = {"thought.topology": "private", "thought.lookahead": 2} if request.param == "hybrid" else {}
   built = small(request.param, **options)

@@ -50,6 +50,7 @@ SLOW = (
   "private jepo along its streams",
   "sampled, drawn and scored",
   "soft",
+  "latent, one after another",
   "private gumbel",
   "noisy, paid",
   "a spoken distribution",

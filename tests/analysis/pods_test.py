@@ -217,7 +217,7 @@ def between_slices(recipe, **values):
 
 
 @pytest.mark.parametrize("accumulation", leaving([1, 2], [1]))
-@pytest.mark.parametrize("recipe", ["none", "latent", "hybrid"])
+@pytest.mark.parametrize("recipe", leaving(["none", "latent", "hybrid"], ["latent"]))
 def test_between_slices_only_the_sum_of_gradients_travels(recipe, accumulation):
   """Each device sends what it holds of the gradients once, and some metrics."""
   split = {"mesh.fsdp": 4, "mesh.tensor": 1} if recipe == "hybrid" else {"mesh.fsdp": 1, "mesh.tensor": 4}

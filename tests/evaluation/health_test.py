@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.evaluation import harness
+from tests.slow import leaving
 from thinking_lm import experiment
 from thinking_lm.errors import DivergedError
 from thinking_lm.evaluation.health import Examination, _of_half, effective_rank, norm_and_snr, percentile
@@ -28,7 +29,7 @@ def examine(subject, params):
   return Examination(1, "validation", 8, subject, harness.KEY, put, {})(0, state)
 
 
-@pytest.mark.parametrize("topology", ["private", "persistent"])
+@pytest.mark.parametrize("topology", leaving(["private", "persistent"], ["private"]))
 def test_effects_are_differences_of_nats(topology):
   subject, params, _ = harness.make(thought=TWO | dict(topology=topology, lookahead=int(topology == "private")))
   found = examine(subject, params)

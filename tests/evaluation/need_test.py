@@ -9,6 +9,7 @@ import pytest
 
 from tests import quick
 from tests.evaluation.harness import KEY, THOUGHT, config, make
+from tests.slow import leaving
 from thinking_lm import experiment
 from thinking_lm.errors import ConfigError
 from thinking_lm.model.need import needed
@@ -56,7 +57,7 @@ def test_a_step_of_training_thinks_there(frozen):
   assert float(metrics["thoughts"].total) == (need_BT > above).sum()
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", leaving([1, 2], [1]))
 def test_copies_of_a_model_on_several_devices_think_there(frozen, accumulation):
   workdir, _, _, rows, need_BT, above = frozen
   subject, _ = asking(workdir, above)

@@ -48,7 +48,7 @@ CASES = {f"persistent-{name}": case for name, case in PERSISTENT.items()}
 CASES |= {f"private-{name}": case for name, case in PRIVATE.items()}
 SLOW = (
   *("persistent-scanned", "persistent-latent_anchor", "private-latent_linear", "private-sampled_delimited"),
-  *("private-soft", "private-gumbel", "persistent-noisy", "private-scanned"),
+  *("private-soft", "private-gumbel", "persistent-noisy", "private-scanned", "persistent-soft", "private-pause"),
 )
 
 
@@ -132,7 +132,7 @@ def test_what_does_not_exist_weighs_nothing():
   np.testing.assert_array_equal(trace.ahead_weights_BNA, ahead * inside)
 
 
-@pytest.mark.parametrize("topology", ["persistent", "private"])
+@pytest.mark.parametrize("topology", leaving(["persistent", "private"], ["private"]))
 def test_scoring_in_parallel_equals_differentiating_the_scan(topology):
   _, thought = CASES[f"{topology}-sampled"]
   (_, trace), gradient = rolled(f"{topology}-sampled")

@@ -217,7 +217,7 @@ def test_claims_of_an_advantage(bound, name, case):
 
 
 @pytest.mark.parametrize("name", [name for name, member in ADVANTAGES.items() if member.needs == 1])
-@pytest.mark.parametrize("case", ["ahead", "persistent"])
+@pytest.mark.parametrize("case", leaving(["ahead", "persistent"], ["ahead"]))
 def test_claims_of_an_advantage_that_needs_no_group(case, name):
   config = ObjectiveConfig(nll_weight=1.0, score_weight=1.0, advantage=name)
   assert (gap(case, config, G=1) < TOLERANCE) == ADVANTAGES[name].unbiased

@@ -167,9 +167,8 @@ def table(case: Case, results: Results) -> str:
   """The results of a case for people: one line a variant, one line a bar."""
   first = next(iter(results))
   width = max(map(len, results))
-  lines = [
-    f"{case.name}\n  {'':{width}}     seconds    x {first[:8]:8}  x floor  tokens/s  GB moved   temp MiB  compile s"
-  ]
+  heads = f"seconds    x {first[:8]:8}  x floor  tokens/s  GB moved   temp MiB  compile s"
+  lines = [f"{case.name}\n  {'':{width}}     {heads}"]
   for name, result in results.items():
     timed = f"{'':43}"
     if case.timed:
@@ -227,7 +226,7 @@ def against(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
       continue
     rounds = [_in_rounds(each, name) for each in (before, now)]
     words = []
-    if all(rounds):
+    if all(rounds) and before["reference"] == now["reference"]:
       low, high = min(rounds[1]) > max(rounds[0]), max(rounds[1]) < min(rounds[0])
       words.append(f"{statistics.median(rounds[0]):.3f} -> {statistics.median(rounds[1]):.3f}")
       words += ["SLOWER"] * low + ["faster"] * high
