@@ -100,7 +100,8 @@ def test_numbers_do_not_depend_on_micro_batches(reference):
   close(everything(built, parts=4)(params, batch), expected)
 
 
-@pytest.mark.parametrize("name", leaving(MESHES, MESHES))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MESHES)
 def test_numbers_do_not_depend_on_the_mesh(reference, name):
   built, params, batch, expected = reference
   mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(**(dict(data=-1) | MESHES[name])))

@@ -100,8 +100,8 @@ def test_one_device_and_eight(name):
   gathers = collectives.read(program.as_text())[0]["all-gather"]
   # A draw needs the probabilities of the whole vocabulary, a lookup which tokens the rows of its copy have drawn, and
   # noise is added to a mixture; nothing else is gathered again and again.
-  mixes = 2
-  draws = mixes * rows.tokens_BT.shape[1] * thought.length if thought.kind_of.stochastic else 0
+  each = 2 if thought.kind_of.discrete or thought.kind == "noisy" else 1
+  draws = each * rows.tokens_BT.shape[1] * thought.length if thought.kind_of.stochastic else 0
   assert gathers.runs - gathers.instructions <= draws, "a loop over think tokens gathers weights in every trip"
 
 

@@ -7,8 +7,8 @@ and wall seconds on an accelerator. Prints a table for each case: median seconds
 round, ratio to the floor (1 is as many FLOP/s as the first variant reaches, on the FLOPs that the work needs),
 temporary bytes and compile time by XLA; then the bars that the case is held to. Everything is written as JSON.
 
---against names such a file of earlier code; configs/bench has one of each suite. Then it also prints what has become of
-every variant since, and which are slower beyond the spread of the rounds or need more memory.
+--against names such a file of earlier code; configs/bench has one of each suite but chip. Then it also prints what has
+become of every variant since, and which are slower beyond the spread of the rounds or need more memory.
 
 Exit codes: 0 measured (also when a bar is missed), 64 wrong command line, 73 the result cannot be written.
 """
@@ -70,7 +70,7 @@ def main(argv) -> None:
   if not cases:
     known = ", ".join(case.name for case in SUITES[_SUITE.value]())
     raise UsageError(f"no case of suite {_SUITE.value} contains {_CASE.value!r}; there are {known}")
-  before = _earlier(_AGAINST.value, _SUITE.value) if _AGAINST.value else None
+  before = _earlier(_AGAINST.value, _SUITE.value) if _AGAINST.value else {}
   record = dict(
     suite=_SUITE.value,
     command=shlex.join(["python", "-m", "thinking_lm.bench", *sys.argv[1:]]),
@@ -85,23 +85,24 @@ def main(argv) -> None:
     results = bench.measure(case, _ROUNDS.value, _say, _PROFILE.value)
     print(bench.table(case, results), flush=True)
     record["cases"][case.name] = now = bench.record(case, results)
-    if before and case.name in before["cases"]:
-      print(bench.against(before["cases"][case.name], now), flush=True)
+    if case.name in before:
+      print(bench.against(before[case.name], now), flush=True)
     _write(path, record)  # after every case, so that a cut run leaves what it has
   print(f"written: {path}")
 
 
 def _earlier(path: str, suite: str) -> dict:
-  """An earlier record of the suite; says what it was measured on."""
+  """The cases of an earlier record of the suite; says what it was measured on."""
   try:
     before = json.loads(pathlib.Path(path).read_text())
-    found, commit, hardware = before["suite"], before["code"]["commit"], before["hardware"]
+    found, commit, cases = before["suite"], before["code"]["commit"], before["cases"]
+    where = f"{', '.join(before['hardware']['cpu'])}, {before['hardware']['device']}"
   except (OSError, ValueError, LookupError, TypeError) as error:
     raise UsageError(f"--against {path} is not what this command writes: {error!r}") from error
   if found != suite:
     raise UsageError(f"--against {path} is of suite {found}, not {suite}")
-  _say(f"against {commit[:7]} on {', '.join(hardware['cpu'])}, {hardware['device']}")
-  return before
+  _say(f"against {commit and commit[:7]} on {where}")
+  return cases
 
 
 def _write(path, record) -> None:

@@ -88,8 +88,8 @@ def _check(path: pathlib.Path, decode) -> int:
   from thinking_lm.data.pipeline import end_with_parent
 
   try:
-    entries = json.loads(path.read_text())
-  except (OSError, ValueError) as error:
+    entries = dict(json.loads(path.read_text()))
+  except (OSError, ValueError, TypeError) as error:
     raise errors.UsageError(f"--budgets {path} cannot be read: {error}") from error
   if missing := {f"{name.partition(':')[0]}.py" for name in entries} - {file.name for file in path.parent.iterdir()}:
     raise errors.UsageError(f"--budgets {path} names {min(missing)}, which is not beside it in {path.parent}")

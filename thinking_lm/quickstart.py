@@ -97,7 +97,7 @@ def run(part: str, arm: Arm, seed: int, directory: pathlib.Path) -> dict[str, An
   key = state.key(seed, "evaluate")
   found = evaluators.evaluate(built, params, "test", key=key, batch_size=64, progress=Progress())
   task = built.data.task
-  parameters = sum(leaf.size for leaf in _leaves(params))
+  parameters = built.model.size
   moved = training_traffic(built.config, built.data.vocabulary.size, built.data.sequence_length, parameters).total
   values = summary.summarise(found, tagging=task is not None, task=task is not None)
   row = dict(
@@ -115,12 +115,6 @@ def run(part: str, arm: Arm, seed: int, directory: pathlib.Path) -> dict[str, An
   )
   storage.write_atomic(result, json.dumps(row, indent=2) + "\n")
   return row
-
-
-def _leaves(tree) -> list:
-  import jax
-
-  return jax.tree.leaves(tree)
 
 
 def table(part: str, rows: list[Mapping[str, Any]]) -> str:

@@ -9,7 +9,6 @@ started again.
 """
 
 import dataclasses
-import math
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -51,7 +50,7 @@ def main(argv) -> None:
   for name, count in built.data.counts.items():
     if count:
       logging.warning("data: %d %s", count, name.replace("_", " "))
-  data, parameters = built.data, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(built.model.shapes))
+  data, parameters = built.data, built.model.size
   work = traffic.work(config, data.vocabulary.size, data.sequence_length, parameters, chips.peak(jax.devices()))
   loop.train(dataclasses.replace(built.run(), work=work), _WORKDIR.value)
   path = workdir.resolve(_WORKDIR.value)

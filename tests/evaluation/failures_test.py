@@ -171,3 +171,19 @@ def test_a_cell_that_hands_on_what_it_got_stands_still():
   watch = Watch(rules(HealthConfig(), 7, False, policy=False), History, patience=1)
   assert watch(0, values(told(params))) == {}
   assert watch(1, values(told(turned(params, deaf)))) == dict(alarm_alike=1.0)
+
+
+@pytest.mark.parametrize(
+  "weights,terms",
+  [
+    (dict(score_weight=1.0), {"nll", "score"}),
+    (dict(score_weight=1.0, nll_weight=0.0, base_weight=0.0), {"score"}),
+    (dict(score_weight=0.0, advantage="none"), set()),
+  ],
+)
+def test_the_policys_gradient_is_looked_at_wherever_there_is_one(weights, terms):
+  config = harness.config(
+    thought=dict(kind="sampled", length=2, topology="private", samples=2), objective=weights, health=dict(every=1)
+  )
+  (look,) = experiment.build(experiment.parse(config))._examinations(None)
+  assert set(look._terms) == terms

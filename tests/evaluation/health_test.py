@@ -12,7 +12,7 @@ from tests.evaluation import harness
 from tests.slow import leaving
 from thinking_lm import experiment
 from thinking_lm.errors import DivergedError
-from thinking_lm.evaluation.health import Examination, _of_half, effective_rank, norm_and_snr, percentile
+from thinking_lm.evaluation.health import Examination, effective_rank, norm_and_snr, of_half, percentile
 from thinking_lm.objectives.health import HealthConfig, History, rules
 from thinking_lm.training import loop
 from thinking_lm.training.state import TrainState
@@ -137,7 +137,7 @@ def test_the_halves_of_a_batch_are_the_batch():
   subject, params, _ = harness.make(thought=TWO | dict(topology="private", lookahead=1))
   batch = jax.tree.map(jnp.asarray, next(iter(subject.data.evaluation_batches("validation", batch_size=5))))
   whole, metrics = jax.jit(jax.grad(subject.loss_fn, has_aux=True))(params, batch, harness.KEY, Carried())
-  half = jax.jit(_of_half(subject.loss_fn))
+  half = jax.jit(of_half(subject.loss_fn))
   (even, some), (odd, others) = (half(params, batch, harness.KEY, Carried(), number) for number in (0, 1))
   assert some + others == metrics["loss"].count and some > others > 0
   jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a + b, c, rtol=1e-4, atol=1e-5), even, odd, whole)

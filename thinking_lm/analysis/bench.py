@@ -23,7 +23,8 @@ class Variant(NamedTuple):
 
   function, arguments: what is timed: a pure function of arrays, or any callable of the host with compiled = False.
   flops: FLOPs that the work needs by the ledger (not those that this variant spends): its floor; 0 if unknown.
-  moved: bytes that this work of ours moves between memory and chip by the ledger (`analysis/traffic.py`); 0 if unknown.
+  moved: bytes that our way to do it moves between memory and chip by the ledger (`analysis/traffic.py`), whatever this
+  variant does; 0 if unknown.
   tokens: what `tokens_per_second` counts. after: what follows each call and is not timed.
   """
 

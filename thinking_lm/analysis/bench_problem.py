@@ -4,7 +4,6 @@ The decoder written by hand is no code of the package: what the package's genera
 """
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -80,8 +79,8 @@ def gradient(total: Loss):
 
 def work(model: Model, thought: ThoughtConfig, B: int, T: int) -> tuple[float, float]:
   """FLOPs that the gradient of a batch needs, and bytes that it moves, by the ledger."""
-  V, parameters = model.vocabulary_size, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.shapes))
-  moved = gradient_traffic(model.config, thought, V, T, parameters, rows=B, aligned=0)
+  V = model.vocabulary_size
+  moved = gradient_traffic(model.config, thought, V, T, model.size, rows=B, aligned=0)
   return B * ledger(model.config, V, thought, T, aligned=0, gradient=True).floor, moved.total
 
 

@@ -1,11 +1,8 @@
 """The plan of a run on a pod: what fits, what travels, how many FLOPs, and a roofline; and what would fit instead."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
-
-import jax
 
 from thinking_lm.analysis import ahead, roofline
 from thinking_lm.analysis.chips import GIB, Chip
@@ -65,7 +62,7 @@ def plan(built: Any, chip: Chip, devices: Sequence, slices: int, parts: Sequence
   named = slices == 1 or devices[0].platform == "tpu"  # else the groups of a collective say what crosses
   within = 0 if named else mesh.size // slices
   found = {name: ahead.compiled(make[name](), mesh, chip.usable, within=within) for name in parts}
-  parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(built.model.shapes))
+  parameters = built.model.size
   guess = None
   if "train" in found and found["train"].fits:
     guess = roofline.estimate(c, V, T, parameters, chip, mesh, slices, found["train"].collectives)

@@ -60,7 +60,7 @@ class Examination:
     self._split, self._size, self._subject, self._key, self._put = split, size, subject, key, put
     self._thought = dataclasses.replace(subject.config.thought, samples=1)
     self._look = jax.jit(self._effects)
-    self._terms = {name: jax.jit(_of_half(term)) for name, term in terms.items()}
+    self._terms = {name: jax.jit(of_half(term)) for name, term in terms.items()}
     self._batch: Batch | None = None
 
   def __call__(self, step: int, state: Any) -> Mapping[str, float]:
@@ -159,7 +159,7 @@ class Examination:
     return Source(trace.thoughts, trace.valid_BN, decoder.embed_row(decoder.pause), nobody, no_row_N)
 
 
-def _of_half(term: Callable) -> Callable:
+def of_half(term: Callable) -> Callable:
   """(params, batch, key, carried, half) -> (gradient, number of targets) of half of the rows, the even or the odd."""
 
   def gradient(params, batch, key, carried, half):

@@ -5,6 +5,7 @@ may have keys of its own (a private thought so far); a plain forward pass is the
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -344,6 +345,11 @@ class Model:
     self._graph, state = nnx.split(nnx.eval_shape(lambda: self._fresh(0)))
     self.shapes = nnx.to_pure_dict(state)
     self.axes = axes(state)
+
+  @property
+  def size(self) -> int:
+    """Number of parameters."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.shapes))
 
   def init(self, key) -> Params:
     """Fresh parameters."""

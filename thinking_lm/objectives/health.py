@@ -278,7 +278,7 @@ def rules(
   learner's, reward without an effect, gains without content, repetition, one gradient drowning the other, and latents
   that stand still. samples: thoughts of a group, G.
   """
-  c, entropy = config, "think_entropy"
+  c, entropy, lowest = config, "think_entropy", "think_entropy_lowest"
   mismatch = c.mismatch or (0.05 if half_precision else 1e-4)
   uniform = 0.9 * math.log(vocabulary_size) if c.entropy_high else 0.0
   around = (1 - c.ratio, 1 + c.ratio) if c.ratio else (None, None)
@@ -308,7 +308,7 @@ def rules(
       c.gradients, "nll_grad_norm", "score_grad_norm", "one term drowns the other: change objective.score_weight"
     ),
     chain=_balanced(c.chain, "chain_grad_first", "chain_grad_last", fading),
-    entropy_place=_below(c.entropy_place, "think_entropy_lowest", f"one think token is always the same: {cure}"),
+    entropy_place=_below(c.entropy_place, lowest, f"one think token is always the same: {cure}"),
     ratio=Rule(("sampler_ratio",), value("sampler_ratio"), *around, "drawn thoughts are scored as other ones"),
     snr=_below(c.snr, "score_grad_snr", "the policy's gradient is noise: more samples, or larger batches", value),
     mismatch=_above(mismatch, "sampler_mismatch", "drawn thoughts are scored as other ones"),
@@ -316,4 +316,4 @@ def rules(
     content=Rule(CONTENT, content, c.content or None, None, hollow),
   )
   bounded = {name: rule for name, rule in table.items() if (rule.low, rule.high) != (None, None)}
-  return {name: rule for name, rule in bounded.items() if policy or "entropy" not in rule.reads[0]}
+  return {name: rule for name, rule in bounded.items() if policy or rule.reads[0] not in (entropy, lowest)}
