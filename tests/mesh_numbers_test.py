@@ -56,6 +56,8 @@ SLOW = (
   "a spoken distribution",
   "ends that a head learns",
   "a value baseline",
+  "latent, one after another, in copies",
+  "mixed predictions",
 )
 
 

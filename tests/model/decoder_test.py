@@ -10,6 +10,7 @@ import pytest
 
 from tests.model import problem
 from tests.model.problem import BATCH, TIED, UNTIED
+from tests.slow import leaving
 from thinking_lm.config import parse
 from thinking_lm.errors import ConfigError
 from thinking_lm.model.attention import BACKENDS, MASKED, Backend
@@ -114,7 +115,10 @@ def test_remat_changes_memory_and_not_numbers(remat):
     np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=1e-5 * np.abs(other).max())
 
 
-@pytest.mark.parametrize("thought", [ThoughtConfig(length=0), ThoughtConfig(length=2, topology="private")])
+THOUGHTS = [ThoughtConfig(length=0), ThoughtConfig(length=2, topology="private")]
+
+
+@pytest.mark.parametrize("thought", leaving(THOUGHTS, THOUGHTS[:1]))
 def test_query_blocks_change_no_numbers(thought):
   layout = place(BATCH, thought, problem.VOCABULARY)
 

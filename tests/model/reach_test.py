@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.model import problem
+from tests.slow import leaving
 from thinking_lm.model.decoder import Decoder
 from thinking_lm.model.rollout import rollout
 from thinking_lm.thoughts import topology
@@ -148,7 +149,7 @@ def test_reach_of_private_thoughts():
   )
 
 
-@pytest.mark.parametrize("topology", ["persistent", "private"])
+@pytest.mark.parametrize("topology", leaving(["persistent", "private"], ["private"]))
 def test_reach_of_tokens_through_latent_thoughts_step_by_step(topology):
   thought = ThoughtConfig(kind="latent", length=1, topology=topology, rotary="anchor")
   found = reach(thought, given=False)
@@ -156,7 +157,7 @@ def test_reach_of_tokens_through_latent_thoughts_step_by_step(topology):
   assert all(line[T:] == "..." for lines in found.values() for line in lines)  # nothing was put in
 
 
-@pytest.mark.parametrize("topology", ["persistent", "private"])
+@pytest.mark.parametrize("topology", leaving(["persistent", "private"], ["private"]))
 def test_padding_and_other_documents_change_nothing_bit_for_bit(topology):
   thought = Sampled(topology=topology, lookahead=2 if topology == "private" else 0)
   run = jax.jit(

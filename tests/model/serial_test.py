@@ -57,7 +57,7 @@ def gradient(monkeypatch, name, cut_up: bool, dtype="float32"):
   return (number, trace), dict(params=params, taps=taps)
 
 
-@pytest.mark.parametrize("name", leaving(CASES, ["gumbel", "soft"]))
+@pytest.mark.parametrize("name", leaving(CASES, ["gumbel", "soft", "latent_scanned_layers"]))
 def test_gradients_of_many_segments_equal_autodiff_of_one(monkeypatch, name):
   with monkeypatch.context() as patch:
     (number, trace), got = gradient(patch, name, cut_up=True)
@@ -109,7 +109,7 @@ def test_known_positions_take_no_slots_that_stay_empty():
   assert np.any(outcome[0, 0, :2]) and relative(got, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("topology", ["private", "persistent"])
+@pytest.mark.parametrize("topology", leaving(["private", "persistent"], ["private"]))
 def test_the_last_think_token_has_the_gradient_of_a_given_one(topology):
   """Nothing is made from it: only earlier ones have more gradient than what is fed as it is."""
   thought, layout = Thought(kind="latent", topology=topology), problem.layout()

@@ -179,7 +179,7 @@ def near(got, wanted):
 HYBRID = ObjectiveConfig(nll_weight=1.0, score_weight=1.0, advantage="leave_one_out")
 
 
-@pytest.mark.parametrize("case", leaving(["private", "ahead", "persistent"], ["ahead"]))
+@pytest.mark.parametrize("case", leaving(["private", "ahead", "persistent"], ["ahead", "persistent"]))
 def test_hybrid_expects_grad_J_and_nll_only_does_not(case):
   assert gap(case, HYBRID) < TOLERANCE
   assert gap(case, ObjectiveConfig(nll_weight=1.0, score_weight=0.0)) > CLEAR

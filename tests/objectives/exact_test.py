@@ -95,7 +95,7 @@ def wanted(topology):
 
 @pytest.mark.parametrize(
   "topology,chunk,more",
-  leaving([("private", 64, 0), ("private", 2, 1), ("persistent", 10, 1)], [("private", 64, 0)]),
+  leaving([("private", 64, 0), ("private", 2, 1), ("persistent", 10, 1)], [("private", 64, 0), ("private", 2, 1)]),
 )
 def test_values_and_gradients_are_those_of_the_bounds(topology, chunk, more):
   (got, _), expected = summed(topology, chunk, more), wanted(topology)
