@@ -18,6 +18,7 @@ from thinking_lm.model.decoder import DTYPES, REMAT, Model, ModelConfig
 from thinking_lm.model.rollout import rollout
 from thinking_lm.thoughts.placement import place
 from thinking_lm.thoughts.spec import ThoughtConfig
+from thinking_lm.thoughts.tokens import categorical
 
 jit = functools.partial(jax.jit)
 
@@ -52,8 +53,7 @@ def test_thoughts_of_length_0_are_the_plain_decoder_bit_for_bit(config, topology
     mask = (segments[:, :, None] == segments[:, None, :]) & np.tril(np.ones((problem.T, problem.T), bool))
     mask &= segments[:, None, :] > 0
     hidden, _ = decoder(decoder.embed(BATCH.tokens_BT)[:, None], BATCH.positions_BT[:, None], mask[:, None])
-    logits = decoder.logits(hidden[:, 0])
-    return jnp.take_along_axis(logits, BATCH.targets_BT[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
+    return categorical(decoder.logits(hidden[:, 0]), BATCH.targets_BT)[0]
 
   params = problem.params(config)
   real = BATCH.segments_BT > 0

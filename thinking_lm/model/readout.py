@@ -9,11 +9,12 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.custom_derivatives import SymbolicZero
 
 from thinking_lm import sharding
 from thinking_lm.thoughts import report
 from thinking_lm.thoughts.mixing import MIXING
-from thinking_lm.thoughts.tokens import log_policy
+from thinking_lm.thoughts.tokens import categorical, log_policy
 
 CHUNK = 2**26
 """Logits that a device holds at once."""
@@ -63,9 +64,8 @@ def entropy(decoder, hidden_BXD):
 
 
 def _score(logits, targets):
-  chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-  total, largest = jax.nn.logsumexp(logits, axis=-1), logits.max(axis=-1)
-  return chosen - total, chosen >= largest, largest - total  # an argmax would cost a CPU a fifth of a plain step
+  logp, _, top = categorical(logits, targets)
+  return logp, logp >= top, top  # equal, if the target is the likeliest; an argmax would cost a CPU a fifth of a step
 
 
 def several_logp(decoder, config, base_BXD, hidden_BXD, tokens_BXI):
@@ -99,9 +99,11 @@ def policy(decoder, config, hidden_BXD, thoughts, known=None):
   return _known_policy(graph, config, params, hidden_BXD, drawn, known)
 
 
-def _policy(graph, config, params, hidden_BXD, drawn):
+def _policy(graph, config, params, hidden_BXD, drawn, wanted=(True, True)):
+  """`score`, or None in the place of what is not wanted."""
   decoder = nnx.merge(graph, params)
-  return _chunked(decoder, functools.partial(score, decoder, config), hidden_BXD, *drawn)
+  one = lambda *given: [a if want else None for a, want in zip(score(decoder, config, *given), wanted, strict=True)]
+  return tuple(_chunked(decoder, one, hidden_BXD, *drawn))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -113,16 +115,20 @@ def _known_policy(graph, config, params, hidden_BXD, drawn, known):
 
 def _known_forward(graph, config, params, hidden_BXD, drawn, known):
   del graph, config
+  params, hidden_BXD, drawn, known = jax.tree.map(lambda a: a.value, (params, hidden_BXD, drawn, known))
   return known, (params, hidden_BXD, drawn)
 
 
 def _known_backward(graph, config, saved, cotangent):
+  """Without the entropy's part where nothing pays for it: it would read and write the logits twice more."""
   params, hidden_BXD, drawn = saved
-  one = lambda params, hidden_BXD: _policy(graph, config, params, hidden_BXD, drawn)
+  wanted = tuple(not isinstance(a, SymbolicZero) for a in cotangent)
+  one = lambda params, hidden_BXD: _policy(graph, config, params, hidden_BXD, drawn, wanted)
+  cotangent = tuple(a if want else None for a, want in zip(cotangent, wanted, strict=True))
   return *jax.vjp(one, params, hidden_BXD)[1](cotangent), None, None
 
 
-_known_policy.defvjp(_known_forward, _known_backward)
+_known_policy.defvjp(_known_forward, _known_backward, symbolic_zeros=True)
 
 
 def token_policy(decoder, config, hidden_BXD, tokens_BX):

@@ -11,12 +11,14 @@ gradient can train also has the log-density of what it draws:
     policy(model, hidden_XD, input_XD, token_X, config) -> (log pi_X, entropy_X)     nats
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def fold(keys_X, i):
@@ -97,14 +99,31 @@ def draw(logits_XV, keys_X, temperature: float):
   """
   if temperature == 0:
     return jnp.argmax(logits_XV, axis=-1)
-  weights_XV = jnp.exp((logits_XV - logits_XV.max(axis=-1, keepdims=True)) / temperature)
-  fill = [(0, 0)] * (weights_XV.ndim - 1) + [(0, -weights_XV.shape[-1] % ROW)]
-  weights_XRW = jnp.pad(weights_XV, fill).reshape(*weights_XV.shape[:-1], -1, ROW)
-  sums_XR = weights_XRW.sum(axis=-1)
+  shifted_XV, weights_XV = _weights(logits_XV, temperature)
+  V = weights_XV.shape[-1]
+  sums_XR = _sums(weights_XV)
   uniform_X = jax.vmap(jax.random.uniform)(keys_X.reshape(-1)).reshape(keys_X.shape)
   row_X, rest_X = _invert(sums_XR, uniform_X * sums_XR.sum(axis=-1))
-  weights_XW = jnp.take_along_axis(weights_XRW, row_X[..., None, None], axis=-2)[..., 0, :]
-  return row_X * ROW + _invert(weights_XW, rest_X)[0]
+  token_XW = row_X[..., None] * ROW + jnp.arange(ROW)
+  # Out of the logits again: a row of the weights would have all of them written to memory in another shape.
+  weights_XW = jnp.exp(jnp.take_along_axis(shifted_XV, jnp.minimum(token_XW, V - 1), axis=-1))
+  return row_X * ROW + _invert(jnp.where(token_XW < V, weights_XW, 0), rest_X)[0]
+
+
+def _weights(logits_XV, temperature: float):
+  """(logits below their largest, at the temperature; their exponentials)."""
+  shifted_XV = (logits_XV - logits_XV.max(axis=-1, keepdims=True)) / temperature
+  return shifted_XV, jnp.exp(shifted_XV)
+
+
+def _sums(weights_XV):
+  """Sums of rows of ROW tokens, the last row shorter if it must be."""
+  *edge, V = weights_XV.shape
+  if V % ROW == 0:
+    return weights_XV.reshape(*edge, -1, ROW).sum(axis=-1)
+  window = (*[1] * len(edge), ROW)
+  fill = [*[(0, 0)] * len(edge), (0, -V % ROW)]
+  return jax.lax.reduce_window(weights_XV, np.zeros((), weights_XV.dtype), jax.lax.add, window, window, fill)
 
 
 def _invert(weights_XV, target_X):
@@ -129,9 +148,38 @@ def log_policy(logits_XV, token_X, temperature: float):
   if temperature == 0:
     zero_X = jnp.zeros(token_X.shape)
     return zero_X, zero_X
-  logp_XV = jax.nn.log_softmax(logits_XV / temperature)
-  entropy_X = -jnp.sum(jnp.exp(logp_XV) * logp_XV, axis=-1)
-  return jnp.take_along_axis(logp_XV, token_X[..., None], axis=-1)[..., 0], entropy_X
+  return categorical(logits_XV, token_X, temperature)[:2]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def categorical(logits_XV, token_X, temperature: float = 1.0):
+  """(log p(token), entropy, log p(the likeliest)) of softmax(logits / temperature), nats; no gradient to the last."""
+  return _categorical(logits_XV, token_X, temperature)[1:]
+
+
+@categorical.defjvp
+def _categorical_jvp(temperature, primals, tangents):
+  """With the gradients written out: of log p(token) onehot - p, of the entropy -p (log p + entropy).
+
+  Automatic differentiation writes an array of the logits' size for the one-hot vectors and another for the sum.
+  """
+  (logits_XV, token_X), change_XV = primals, tangents[0]
+  logp_XV, chosen_X, entropy_X, top_X = _categorical(logits_XV, token_X, temperature)
+  p_XV = jnp.exp(logp_XV)
+  onehot_XV = jnp.arange(logits_XV.shape[-1]) == token_X[..., None]
+  along = lambda gradient_XV: jnp.sum(gradient_XV * change_XV, axis=-1) / temperature
+  changes = along(onehot_XV - p_XV), along(-p_XV * (logp_XV + entropy_X[..., None])), jnp.zeros_like(top_X)
+  return (chosen_X, entropy_X, top_X), changes
+
+
+def _categorical(logits_XV, token_X, temperature):
+  """log p of every token, then what `categorical` returns."""
+  shifted_XV, weights_XV = _weights(logits_XV, temperature)
+  total_X = weights_XV.sum(axis=-1)
+  log_X = jnp.log(total_X)
+  chosen_X = jnp.take_along_axis(shifted_XV, token_X[..., None], axis=-1)[..., 0] - log_X
+  entropy_X = log_X - jnp.sum(weights_XV * shifted_XV, axis=-1) / total_X
+  return shifted_XV - log_X[..., None], chosen_X, entropy_X, -log_X
 
 
 def sampled_policy(model, hidden_XD, input_XD, token_X, config):
