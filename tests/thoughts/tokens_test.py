@@ -148,9 +148,9 @@ def test_the_policy_of_a_noisy_token_is_the_density_that_it_is_drawn_from():
   np.testing.assert_allclose(score, numeric, rtol=1e-5)
 
 
-def test_two_levels_invert_the_cumulative_distribution():
+@pytest.mark.parametrize("V", [3 * tokens.ROW + 5, 3 * tokens.ROW])
+def test_two_levels_invert_the_cumulative_distribution(V):
   """Of a vocabulary of several rows with masked tokens, for numbers on and around every border."""
-  V = 3 * tokens.ROW + 5
   random = np.random.default_rng(0)
   weights = (random.random(V) * (random.random(V) < 0.5)).astype(np.float32)
   weights[: tokens.ROW + 3] = weights[-7:] = 0.0
@@ -168,3 +168,7 @@ def test_two_levels_invert_the_cumulative_distribution():
   logits = jnp.log(jnp.broadcast_to(jnp.asarray(weights), (500, V)))
   drawn = tokens.draw(logits, jax.random.split(jax.random.key(0), 500), 1.0)
   assert (weights[np.asarray(drawn)] > 0).all() and len(np.unique(drawn)) > 60
+  uniform = jax.vmap(jax.random.uniform)(jax.random.split(jax.random.key(0), 500))
+  np.testing.assert_array_equal(
+    drawn, np.searchsorted(borders, np.asarray(uniform, np.float64) * borders[-1], side="right")
+  )

@@ -99,15 +99,11 @@ def draw(logits_XV, keys_X, temperature: float):
   """
   if temperature == 0:
     return jnp.argmax(logits_XV, axis=-1)
-  shifted_XV, weights_XV = _weights(logits_XV, temperature)
-  V = weights_XV.shape[-1]
+  weights_XV = _weights(logits_XV, temperature)[1]
   sums_XR = _sums(weights_XV)
   uniform_X = jax.vmap(jax.random.uniform)(keys_X.reshape(-1)).reshape(keys_X.shape)
   row_X, rest_X = _invert(sums_XR, uniform_X * sums_XR.sum(axis=-1))
-  token_XW = row_X[..., None] * ROW + jnp.arange(ROW)
-  # Out of the logits again: a row of the weights would have all of them written to memory in another shape.
-  weights_XW = jnp.exp(jnp.take_along_axis(shifted_XV, jnp.minimum(token_XW, V - 1), axis=-1))
-  return row_X * ROW + _invert(jnp.where(token_XW < V, weights_XW, 0), rest_X)[0]
+  return row_X * ROW + _invert(_row(weights_XV, row_X), rest_X)[0]
 
 
 def _weights(logits_XV, temperature: float):
@@ -117,13 +113,22 @@ def _weights(logits_XV, temperature: float):
 
 
 def _sums(weights_XV):
-  """Sums of rows of ROW tokens, the last row shorter if it must be."""
+  """Sums of rows of ROW tokens. To fill the last one up would have all weights written once more."""
   *edge, V = weights_XV.shape
   if V % ROW == 0:
     return weights_XV.reshape(*edge, -1, ROW).sum(axis=-1)
   window = (*[1] * len(edge), ROW)
   fill = [*[(0, 0)] * len(edge), (0, -V % ROW)]
   return jax.lax.reduce_window(weights_XV, np.zeros((), weights_XV.dtype), jax.lax.add, window, window, fill)
+
+
+def _row(weights_XV, row_X):
+  """One row of ROW weights of each X. Whole rows are looked up at once: it is faster, and each is on one device."""
+  *edge, V = weights_XV.shape
+  if V % ROW == 0:
+    return jnp.take_along_axis(weights_XV.reshape(*edge, -1, ROW), row_X[..., None, None], axis=-2)[..., 0, :]
+  token_XW = row_X[..., None] * ROW + jnp.arange(ROW)
+  return jnp.where(token_XW < V, jnp.take_along_axis(weights_XV, jnp.minimum(token_XW, V - 1), axis=-1), 0)
 
 
 def _invert(weights_XV, target_X):
