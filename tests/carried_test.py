@@ -19,6 +19,7 @@ from thinking_lm.training import loop
 from thinking_lm.training import state as state_lib
 from thinking_lm.training.optimizer import make_optimizer
 from thinking_lm.training.step import StepConfig, gradients, make_train_step
+from thinking_lm.training.writers import read_rows
 from thinking_lm.types import Carried
 
 SMALL = {
@@ -90,14 +91,23 @@ def crash(step, state):
     raise RuntimeError("out of the blue")
 
 
+def alarms(workdir):
+  """(step, name) of what was raised, each once."""
+  rows = read_rows(workdir / "metrics.jsonl")
+  return [(row["step"], name) for row in rows for name, value in row.items() if name.startswith("alarm_") and value]
+
+
 def test_a_cut_run_is_the_straight_run_bit_for_bit(tmp_path):
-  built = build(**EVERYTHING, **{"checkpoint.every": 2})
+  built = build(**EVERYTHING, **{"checkpoint.every": 2, "health.patience": 3, "health.repeated": 0.1})
   straight = loop.train(built.run(), str(tmp_path / "straight"))
   hook = type("Crash", (), dict(every=1, __call__=lambda self, step, state: crash(step, state)))()
   with pytest.raises(RuntimeError):
     loop.train(dataclasses.replace(built.run(), hooks=[hook]), str(tmp_path / "cut"))
   cut = loop.train(built.run(), str(tmp_path / "cut"))
   assert state_lib.digest(cut) == state_lib.digest(straight)
+  # Three readings in a row, the first two of them from before the cut.
+  assert alarms(tmp_path / "cut") == alarms(tmp_path / "straight")
+  assert {step for step, _ in alarms(tmp_path / "cut")} == {3}
   # Others go on from it: its body without its head, and its policy as the reference.
   values = {"train.steps": 1, "train.init_from": str(tmp_path / "cut"), "objective.kl_weight": 0.1}
   other = build(**values, **{"objective.kl_reference": str(tmp_path / "straight"), "thought.length": 2})
