@@ -16,10 +16,10 @@ from flax import nnx
 
 from thinking_lm.model import readout
 from thinking_lm.model.attention import MASKED, Keys
-from thinking_lm.model.decoder import ACTIVATIONS, DTYPES, Cache, Decoder, Seen, axes
-from thinking_lm.model.segment import parts
+from thinking_lm.model.decoder import ACTIVATIONS, DTYPES, Cache, Decoder, Seen
+from thinking_lm.model.segment import whole
 from thinking_lm.model.thinking import emit, think
-from thinking_lm.sharding import constrain, gathered
+from thinking_lm.sharding import constrain
 from thinking_lm.thoughts import report
 
 
@@ -75,7 +75,7 @@ def draw(decoder: Decoder, config, x_B1TD, gather, positions_BPX, keys_BP, facts
   Returns:
     (Thoughts [B, P, ...], end_B1TD of the real tokens, their Cache, their inputs of every layer, Draft).
   """
-  decoder = _whole(decoder)
+  decoder = whole(decoder)
   end_B1TD, prefix, base_LB1TD = decoder.layered(x_B1TD, facts.positions_B1T, facts.mask_B1TT)
   anchor_BPD = gather(decoder.final_norm(end_B1TD))
   (B, P, D), J, c = anchor_BPD.shape, config.slots, decoder.config
@@ -88,15 +88,6 @@ def draw(decoder: Decoder, config, x_B1TD, gather, positions_BPX, keys_BP, facts
   run = functools.partial(_slot, decoder, heads_first, facts.prefix_BP1T[:, :, 0], positions_BPX)
   _, thoughts, draft = think(decoder, config, anchor_BPD, None, keys_BP, None, None, run=run, memory=draft, make=make)
   return thoughts, end_B1TD, prefix, base_LB1TD, draft
-
-
-def _whole(decoder: Decoder) -> Decoder:
-  """The decoder with its matrices cast and gathered once: every slot of a thought reads them all."""
-  graph, state = nnx.split(decoder)
-  params, dtype = nnx.to_pure_dict(state), DTYPES[decoder.config.compute_dtype]
-  matrices, norms = parts(params["layers"])
-  params = params | dict(layers=jax.tree.map(lambda w: w.astype(dtype), matrices) | norms)
-  return nnx.merge(graph, gathered(params, axes(state)))
 
 
 def _make(decoder, config, hidden_BPD, keys_BP, i, progress, draft: Draft):

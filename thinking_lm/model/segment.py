@@ -165,13 +165,28 @@ def bind(spec: Spec, params) -> tuple[Decoder, Any, Any]:
 
   All calls read the same weights: they are cast and gathered once.
   """
-  dtype = DTYPES[nnx.merge(spec.graph, params).config.compute_dtype]
+  decoder = whole(nnx.merge(spec.graph, params))
+  graph, weights = nnx.split(decoder.layers)
+  weights = layered(nnx.to_pure_dict(weights), decoder.config.layers)
+  return decoder, lambda weights: nnx.merge(graph, weights), weights
+
+
+def whole(decoder: Decoder) -> Decoder:
+  """The decoder as a serial loop reads it: every slot reads all matrices, so they are cast and gathered once.
+
+  The head too, beside the table where both are one: ids are looked up in float32, by columns (`Decoder.embed`).
+  """
+  graph, state = nnx.split(decoder)
+  params, names, c = nnx.to_pure_dict(state), axes(state), decoder.config
+  cast = lambda w: w.astype(DTYPES[c.compute_dtype])
   matrices, norms = parts(params["layers"])
-  params = params | dict(layers=jax.tree.map(lambda w: w.astype(dtype), matrices) | norms)
-  params = gathered(params, named(spec, params))
-  decoder = nnx.merge(spec.graph, params)
-  graph = nnx.split(decoder.layers)[0]
-  return decoder, lambda weights: nnx.merge(graph, weights), layered(params["layers"], decoder.config.layers)
+  made = nnx.merge(graph, gathered(params | dict(layers=jax.tree.map(cast, matrices) | norms), names))
+  head, split = (
+    (params["embedding"].T, names["embedding"][::-1]) if c.tie_embeddings else (params["head"], names["head"])
+  )
+  made.config = dataclasses.replace(c, tie_embeddings=False)
+  made.head = nnx.Param(gathered(cast(head), split))
+  return made
 
 
 def parts(weights: dict) -> tuple[dict, dict]:
