@@ -203,6 +203,14 @@ def test_the_slots_of_a_private_thought_share_gathered_weights():
   assert gathered < 10 * 4 * plan.parameters, "not once for each of 17 slots"
 
 
+def test_decoding_gathers_its_weights_once(monkeypatch):
+  """And not in every turn of its loop, which goes on until something happens."""
+  built, trips = sketch("none", **{"mesh.data": 1, "mesh.fsdp": 8, "mesh.tensor": 1}), collectives._trips
+  monkeypatch.setattr(collectives, "_trips", lambda *given: trips(*given) or 1_000)
+  gathered = planned(built, ["generate"]).parts["generate"].collectives["all-gather"].bytes
+  assert gathered < 10 * 4 * built.model.size
+
+
 PRIVATE = {"thought.topology": "private", "thought.lookahead": 2, "thought.length": 4, "thought.stride": 8}
 
 
