@@ -130,7 +130,7 @@ def generate(
     prompts = jax.tree.map(lambda a: jnp.repeat(a, sampling.samples, axis=0), prompts)
     keys_BG = keys_BG.reshape(-1, 1)
   keys = _Keys(fold(keys_BG, 0), fold(keys_BG, 1))
-  turn = functools.partial(_turn, whole(decoder), config, vocabulary, sampling, watcher, keys)
+  turn = functools.partial(_turn, whole(decoder), config, vocabulary, sampling, watcher and whole(watcher), keys)
   now = _prefill(decoder, config, prompts, vocabulary, fold(keys_BG[:, 0], 2), keys_BG.shape[1], sampling, watcher)
   for room in _rooms(config, sampling.max_tokens):
     now = jax.lax.while_loop(functools.partial(_goes_on, room), turn, now.grow(room, sampling.max_tokens))

@@ -65,7 +65,7 @@ def entropy(decoder, hidden_BXD):
 
 def _score(logits, targets):
   logp, _, top = categorical(logits, targets)
-  return logp, logp >= top, top  # equal, if the target is the likeliest; an argmax would cost a CPU a fifth of a step
+  return logp, logp >= top, top  # equal if it is the likeliest, to rounding; an argmax would cost a fifth of a step
 
 
 def several_logp(decoder, config, base_BXD, hidden_BXD, tokens_BXI):
