@@ -10,7 +10,7 @@ Measured: never trained. Training step compiled at XLA O1 by libtpu 0.0.42.1, co
   micro-batches, 59.67, 10.97 s (in one 108.8 GiB, code of 2a47d05: `plan --fit` found the two).
 Thoughts stand after every 64th token: a serial thought reads all weights once for each of its tokens, so that
 closer ones leave the chips waiting for memory. For the same reason latent splits the weights over `tensor` before
-`fsdp`: what is split over fsdp is gathered again for each of a serial thought's tokens.
+`fsdp`: what fsdp splits is gathered once a segment of the stream, and then every chip reads all of it for each token.
 """
 
 from thinking_lm import experiment, recipes

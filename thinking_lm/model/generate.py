@@ -23,7 +23,7 @@ from thinking_lm.model.streams import Streams
 from thinking_lm.model.thinking import emit
 from thinking_lm.thoughts import halting, topology
 from thinking_lm.thoughts.placement import PLACEMENTS, place
-from thinking_lm.thoughts.tokens import draw, fold
+from thinking_lm.thoughts.tokens import categorical, draw, fold
 from thinking_lm.types import Batch, Params, Vocabulary
 
 
@@ -295,8 +295,7 @@ def _draw(logits_BGV, keys_BG, sampling: Sampling):
     smallest = jax.lax.top_k(logits_BGV, min(sampling.top_k, logits_BGV.shape[-1]))[0][..., -1:]
     kept_BGV = jnp.where(logits_BGV >= smallest, logits_BGV, MASKED)
   token_BG = draw(kept_BGV, keys_BG, sampling.temperature).astype(jnp.int32)
-  logp_BGV = jax.nn.log_softmax(logits_BGV)
-  return token_BG, jnp.take_along_axis(logp_BGV, token_BG[..., None], axis=-1)[..., 0]
+  return token_BG, categorical(logits_BGV, token_BG)[0]
 
 
 def _prefill(decoder: Decoder, config, prompts: Batch, vocabulary, keys_B, G: int, sampling: Sampling, watcher) -> _Now:

@@ -14,7 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 from thinking_lm import sharding
 from thinking_lm.thoughts import report
 from thinking_lm.thoughts.mixing import MIXING
-from thinking_lm.thoughts.tokens import categorical, log_policy
+from thinking_lm.thoughts.tokens import categorical, entropy_of, log_policy
 
 CHUNK = 2**26
 """Logits that a device holds at once."""
@@ -55,12 +55,7 @@ def target_logp(decoder, hidden_BXD, targets_BX):
 
 def entropy(decoder, hidden_BXD):
   """Entropy of the next real token's distribution at each hidden state, float32 nats [B, ...]."""
-
-  def one(hidden, _):
-    logp_XV = jax.nn.log_softmax(decoder.logits(hidden))
-    return -jnp.sum(jnp.exp(logp_XV) * logp_XV, axis=-1)
-
-  return _chunked(decoder, one, hidden_BXD, jnp.zeros(hidden_BXD.shape[:-1], jnp.int32))
+  return _chunked(decoder, lambda hidden: entropy_of(decoder.logits(hidden)), hidden_BXD)
 
 
 def _score(logits, targets):

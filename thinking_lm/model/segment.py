@@ -161,10 +161,7 @@ def named(spec: Spec, params) -> dict:
 
 
 def bind(spec: Spec, params) -> tuple[Decoder, Any, Any]:
-  """(decoder, a function from one layer's weights to the layer, layered weights).
-
-  All calls read the same weights: they are cast and gathered once.
-  """
+  """(`whole` decoder, a function from one layer's weights to the layer, layered weights)."""
   decoder = whole(nnx.merge(spec.graph, params))
   graph, weights = nnx.split(decoder.layers)
   weights = layered(nnx.to_pure_dict(weights), decoder.config.layers)
@@ -181,9 +178,9 @@ def whole(decoder: Decoder) -> Decoder:
   cast = lambda w: w.astype(DTYPES[c.compute_dtype])
   matrices, norms = parts(params["layers"])
   made = nnx.merge(graph, gathered(params | dict(layers=jax.tree.map(cast, matrices) | norms), names))
-  head, split = (
-    (params["embedding"].T, names["embedding"][::-1]) if c.tie_embeddings else (params["head"], names["head"])
-  )
+  head, split = params.get("head"), names.get("head")
+  if c.tie_embeddings:
+    head, split = params["embedding"].T, names["embedding"][::-1]
   made.config = dataclasses.replace(c, tie_embeddings=False)
   made.head = nnx.Param(gathered(cast(head), split))
   return made

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from thinking_lm.thoughts import report
-from thinking_lm.thoughts.tokens import fold
+from thinking_lm.thoughts.tokens import entropy_of, fold
 
 
 def entropy(model, hidden_XD, j, config):
@@ -24,9 +24,7 @@ def entropy(model, hidden_XD, j, config):
   thoughts can be run with it.
   """
   del j
-  logp_XV = jax.nn.log_softmax(model.logits(hidden_XD))
-  entropy_X = -jnp.sum(jnp.exp(logp_XV) * logp_XV, axis=-1)
-  return jnp.where(entropy_X < config.stop_below, jnp.inf, -jnp.inf)
+  return jnp.where(entropy_of(model.logits(hidden_XD)) < config.stop_below, jnp.inf, -jnp.inf)
 
 
 def ponder(model, hidden_XD, j, config):

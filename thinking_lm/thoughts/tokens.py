@@ -158,7 +158,11 @@ def log_policy(logits_XV, token_X, temperature: float):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def categorical(logits_XV, token_X, temperature: float = 1.0):
-  """(log p(token), entropy, log p(the likeliest)) of softmax(logits / temperature), nats; no gradient to the last."""
+  """(log p(token), entropy, log p(the likeliest)) of softmax(logits / temperature), nats [...]; the last is a constant.
+
+  Args:
+    logits_XV: float [..., V], finite (masked ones far below the others). token_X: int32 [...].
+  """
   return _categorical(logits_XV, token_X, temperature)[1:]
 
 
@@ -185,6 +189,11 @@ def _categorical(logits_XV, token_X, temperature):
   chosen_X = jnp.take_along_axis(shifted_XV, token_X[..., None], axis=-1)[..., 0] - log_X
   entropy_X = log_X - jnp.sum(weights_XV * shifted_XV, axis=-1) / total_X
   return shifted_XV - log_X[..., None], chosen_X, entropy_X, -log_X
+
+
+def entropy_of(logits_XV):
+  """Entropy of softmax(logits) of logits [..., V], nats [...]."""
+  return categorical(logits_XV, jnp.zeros(logits_XV.shape[:-1], jnp.int32))[1]
 
 
 def sampled_policy(model, hidden_XD, input_XD, token_X, config):
