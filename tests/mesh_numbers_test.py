@@ -1,5 +1,7 @@
 """The same loss and gradients on one device and on eight, for kinds and objectives of every sort."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,9 +50,9 @@ CASES = {
 }
 SLOW = (
   "private jepo along its streams",
+  "private jepo by chunks of keys",
   "sampled, drawn and scored",
   "soft",
-  "latent, one after another",
   "private gumbel",
   "noisy, paid",
   "a spoken distribution",
@@ -105,6 +107,32 @@ def test_one_device_and_eight(name):
   each = 2 if thought.kind_of.discrete or thought.kind == "noisy" else 1
   draws = each * rows.tokens_BT.shape[1] * thought.length if thought.kind_of.stochastic else 0
   assert gathers.runs - gathers.instructions <= draws, "a loop over think tokens gathers weights in every trip"
+
+
+SHAPES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(sizes) == 8]
+
+
+@pytest.fixture(scope="module")
+def alone():
+  """(the experiment, parameters, rows, gradients and metrics on one device) of pauses, eight heads to split."""
+  built = small("pause", **{"model.heads": 8, "model.kv_heads": 8, "thought.placement": "stride", "thought.stride": 2})
+  params = built.init(jax.random.key(1))
+  rows = next(built.data.batches("train", global_batch=8))
+  return built, params, rows, jax.device_get(step(built)(params, jax.tree.map(jnp.asarray, rows)))
+
+
+@pytest.mark.parametrize(
+  "data, fsdp, tensor, sequence", leaving(SHAPES, [sizes for sizes in SHAPES if sizes != (1, 2, 2, 2)])
+)
+def test_every_shape_of_a_mesh_of_eight(alone, data, fsdp, tensor, sequence):
+  built, params, rows, (grads, metrics) = alone
+  mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor, sequence=sequence))
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(params, shardings(built.axes, params, mesh))
+    many, told = jax.device_get(step(built)(placed, global_batch(mesh, rows)))
+  scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(grads))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=3e-6 * scale), many, grads)
+  np.testing.assert_allclose(told["loss"].total, metrics["loss"].total, rtol=1e-5)
 
 
 PAID = PRIVATE | {"thought.length": 2, "thought.samples": 2}

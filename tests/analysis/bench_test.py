@@ -159,6 +159,8 @@ def test_thoughts_of_no_tokens_cost_nothing():
 def test_the_halting_suite_can_be_traced_and_its_lengths_are_those_of_the_loop():
   for variant in bench_halting.variants(2):
     assert jax.eval_shape(variant.function, *variant.arguments).shape == (2, bench_halting.TOKENS)
+  tokens_BX = jax.jit(variant.function)(*variant.arguments)  # without any thought
+  assert ((tokens_BX >= 0) & (tokens_BX < bench_halting.V)).all(), "a row that ends early takes less time"
   random = np.random.default_rng(0)
   ends = np.minimum(random.geometric(0.2, size=(5_000, 3, bench_halting.TOKENS)) - 1, bench_halting.n)
   turns = ends.sum(axis=2).max(axis=1).mean() / bench_halting.TOKENS

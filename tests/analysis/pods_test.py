@@ -130,7 +130,7 @@ def test_what_does_not_fit_quickly_is_compiled_well():
 
 
 def test_the_search_says_what_fits_and_changes_the_batch_last():
-  config = sketch(**{"train.batch_size": 32}).config
+  config = sketch(**{"train.batch_size": 32, "thought.kind": "pause"}).config
   said = [words for words, _ in pods.alternatives(config, 8)]
   assert said[:4] == [
     "model.remat=full",
@@ -143,6 +143,9 @@ def test_the_search_says_what_fits_and_changes_the_batch_last():
   assert said[6].endswith("train.batch_size=16") and said[-1].endswith("train.batch_size=4")
   for _, other in pods.alternatives(config, 8):
     assert other.model == dataclasses.replace(config.model, remat="full")
+  for options in ({}, {"thought.kind": "sampled", "thought.topology": "private"}):
+    words = [words for words, _ in pods.alternatives(sketch(**options).config, 8)]
+    assert words and "remat" not in " ".join(words), "it changes nothing of a backward pass of our own"
 
 
 def test_advice_is_one_line_and_names_a_config_that_fits(plan, monkeypatch):
@@ -153,9 +156,7 @@ def test_advice_is_one_line_and_names_a_config_that_fits(plan, monkeypatch):
   fits = iter([False, True])
   monkeypatch.setattr(ahead, "compiled", lambda *_: dataclasses.replace(train, fits=next(fits), peak=2**30))
   line = pods.advice(tight, True, build, jax.devices())
-  assert line == (
-    "train needs 20.0 GiB of 15.75 GiB a device; model.remat=full train.accumulation=2 does, with 1.0 GiB"
-  )
+  assert line == ("train needs 20.0 GiB of 15.75 GiB a device; train.accumulation=4 does for training, with 1.0 GiB")
 
 
 PODS = [file for file in sorted((ROOT / "configs/pod").glob("*.py")) if "." not in file.stem]  # not the small one

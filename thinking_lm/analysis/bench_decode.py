@@ -70,7 +70,7 @@ def thoughts(B: int) -> list[Variant]:
 def continuations(B: int) -> list[Variant]:
   """NEW tokens after prompts of T: the prompt alone, plain decoding, and a thought before every token."""
   model = problem.model(V)
-  vocabulary = problem.vocabulary(V, document=V - 1)
+  vocabulary = problem.endless(V)
 
   def decode(thought, count):
     return lambda params, batch: (

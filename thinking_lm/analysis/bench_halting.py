@@ -52,7 +52,7 @@ def _bar(chance: float, rows: int) -> Bar:
 def variants(rows: int) -> list[Variant]:
   """Decoding of the same prompts at each chance: one program, other parameters."""
   model = Model(problem.model(V).config, V, heads=("halt",))
-  vocabulary = problem.vocabulary(V, document=V - 1)
+  vocabulary = problem.endless(V)
   decode = functools.partial(generate, model, THOUGHT, vocabulary=vocabulary, sampling=Sampling(TOKENS))
   found, params, batch = [], problem.params(model), problem.batch(rows, PROMPT, V)
   for chance in CHANCES:

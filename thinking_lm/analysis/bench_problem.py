@@ -57,6 +57,11 @@ def vocabulary(V: int, document: int = 0) -> Vocabulary:
   return Vocabulary(V, document, np.ones(V, np.int32), np.zeros(V, np.int8))
 
 
+def endless(V: int) -> Vocabulary:
+  """`vocabulary` whose border is a control row, which is never drawn: decoding goes on to its last token."""
+  return vocabulary(V, document=V)
+
+
 def loss(model: Model, thought: ThoughtConfig, goal: ObjectiveConfig) -> Loss:
   """The package's loss, with rows of one document."""
 

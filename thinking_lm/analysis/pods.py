@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from thinking_lm.analysis import ahead, roofline
 from thinking_lm.analysis.chips import GIB, Chip
-from thinking_lm.analysis.flops import Ledger
+from thinking_lm.analysis.flops import Ledger, rematerialises
 from thinking_lm.analysis.traffic import Traffic, training_traffic
 from thinking_lm.analysis.training import training_ledger
 from thinking_lm.errors import ConfigError
@@ -109,7 +109,10 @@ def advice(plan: Plan, search: bool, sketch: Callable[[Any], Any], devices: Sequ
   lacks = ", ".join(f"{name} needs {part.peak / GIB:.1f} GiB" for name, part in tight.items())
   lacks += f" of {plan.chip.usable / GIB:.2f} GiB a device"
   if "train" not in tight:
-    return f"{lacks}; fewer rows at once do: --rows, evaluation.batch_size"
+    return (
+      f"{lacks}; fewer rows at once may do (--rows, evaluation.batch_size), or a larger mesh.tensor, as decoding holds "
+      "all weights that it does not split"
+    )
   if not search:
     return f"{lacks}; --fit looks for remat, micro-batches, mesh or batch that fit"
   for words, config in alternatives(plan.config, plan.devices):
@@ -117,7 +120,7 @@ def advice(plan: Plan, search: bool, sketch: Callable[[Any], Any], devices: Sequ
     mesh = make_mesh(config.mesh, devices)
     found = ahead.compiled(ahead.train(built, mesh), mesh, plan.chip.usable, ahead.LEVELS[:1])
     if found.fits:
-      return f"{lacks}; {words} does, with {found.peak / GIB:.1f} GiB"
+      return f"{lacks}; {words} does for training, with {found.peak / GIB:.1f} GiB"
   return (
     f"{lacks}; no remat, micro-batches, mesh or batch was found that does: a smaller model or longer thought.stride"
   )
@@ -134,11 +137,12 @@ def _train(config: Any, **options: int) -> Any:
 def alternatives(config: Any, devices: int) -> Iterator[tuple[str, Any]]:
   """(how to say it, config) of what may fit, what costs least first.
 
-  That is remat, micro-batches, fsdp instead of data, tensor instead of fsdp, fewer rows. Each keeps remat and the
-  micro-batches of those before it; the batch is the last thing to change, because it changes what is learned.
+  That is remat where it plays a part, micro-batches, fsdp instead of data, tensor instead of fsdp, fewer rows. Each
+  keeps remat and the micro-batches of those before it; the batch is the last thing to change, because it changes what
+  is learned.
   """
   words = []
-  if config.model.remat != "full":
+  if config.model.remat != "full" and rematerialises(config.thought):
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"))
     words.append("model.remat=full")
     yield words[-1], config

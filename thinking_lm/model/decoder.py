@@ -63,7 +63,12 @@ class ModelConfig:
   attention_chunk: int = option(CHUNK, "keys that attention by chunks scores at a time", low=1)
   query_blocks: int = option(1, "attention in so many blocks of queries, which skip the keys after them", low=1)
   unroll: int = option(1, "layers of one loop body: more are faster on a CPU without remat, and compile longer", low=1)
-  remat: str = option("none", "what the backward pass recomputes", choices=REMAT)
+  remat: str = option(
+    "none",
+    "what the backward pass of a pass over many slots recomputes; serial persistent streams and private thoughts that "
+    "are scored as they are drawn have a backward pass of their own, which it does not change",
+    choices=REMAT,
+  )
   vocabulary_multiple: int = option(1, "rows of the embedding table are rounded up to a multiple of this", low=1)
 
   def faults(self) -> list[str]:
