@@ -2,10 +2,15 @@
 
   python -m thinking_lm.bench --suite=plain [--case=TEXT] [--rounds=5] [--output=FILE] [--against=FILE] [--profile=DIR]
 
+Suites: plain (the step without thoughts, and backends of attention), private and persistent (steps that think),
+quiet_star (private thoughts as Quiet-STaR computes them), decode and halting (sampling, and what stopping saves), data,
+checkpoint, chip (compiled for one TPU chip, where libtpu is installed; nothing runs).
+
 Variants of a case take turns in one process that is restricted to one compute thread; times are CPU seconds on a CPU
-and wall seconds on an accelerator. Prints a table for each case: median seconds, ratio to the first variant within a
-round, ratio to the floor (1 is as many FLOP/s as the first variant reaches, on the FLOPs that the work needs),
-temporary bytes and compile time by XLA; then the bars that the case is held to. Everything is written as JSON.
+and wall seconds on an accelerator. Prints a table for each case: median seconds, ratio within a round to the first
+variant (the plain step, where the suite has one), ratio to the floor (1 is as many FLOP/s as the first variant
+reaches, on the FLOPs that the work needs), temporary bytes and compile time by XLA; then the bars that the case is held
+to. Everything is written as JSON.
 
 --against names such a file of earlier code; configs/bench has one of each suite but chip. Then it also prints what has
 become of every variant since, and which are slower beyond the spread of the rounds or need more memory.
@@ -25,7 +30,7 @@ from absl import flags
 from thinking_lm import errors
 from thinking_lm.errors import UsageError, WorkdirError
 
-_SUITE = flags.DEFINE_string("suite", None, "What to measure; see analysis/bench_suites.py.")
+_SUITE = flags.DEFINE_string("suite", None, "What to measure: one of the suites above.")
 _CASE = flags.DEFINE_string("case", "", "Only the cases whose name contains this.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of every case.", lower_bound=1)
 _OUTPUT = flags.DEFINE_string("output", None, "The JSON file; default runs/bench/SUITE.json.")

@@ -92,7 +92,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("name,options", leaving(CASES, [CASES[number] for number in (3, 5, 9, 11)]))
+@pytest.mark.parametrize("name,options", leaving(CASES, [CASES[number] for number in (3, 4, 5, 9, 11)]))
 def test_cached_equals_uncached(name, options):
   config = ThoughtConfig(length=0 if name == "none" else 2, **options)
   assert not config.faults()

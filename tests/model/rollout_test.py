@@ -49,7 +49,7 @@ CASES |= {f"private-{name}": case for name, case in PRIVATE.items()}
 SLOW = (
   *("persistent-scanned", "persistent-latent_anchor", "private-latent_linear", "private-sampled_delimited"),
   *("private-soft", "private-gumbel", "persistent-noisy", "private-scanned", "persistent-soft", "private-pause"),
-  *("persistent-plain", "private-latent"),
+  *("persistent-plain", "private-latent", "persistent-gumbel"),
 )
 
 

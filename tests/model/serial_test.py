@@ -57,12 +57,17 @@ def gradient(monkeypatch, name, cut_up: bool, dtype="float32"):
   return (number, trace), dict(params=params, taps=taps)
 
 
+@functools.cache
+def in_segments(name):
+  """`gradient` of many segments."""
+  with pytest.MonkeyPatch.context() as patch:
+    return gradient(patch, name, cut_up=True)
+
+
 @pytest.mark.parametrize("name", leaving(CASES, ["gumbel", "soft", "latent_scanned_layers"]))
 def test_gradients_of_many_segments_equal_autodiff_of_one(monkeypatch, name):
-  with monkeypatch.context() as patch:
-    (number, trace), got = gradient(patch, name, cut_up=True)
-  with monkeypatch.context() as patch:
-    (same, expected), wanted = gradient(patch, name, cut_up=False)
+  (number, trace), got = in_segments(name)
+  (same, expected), wanted = gradient(monkeypatch, name, cut_up=False)
   np.testing.assert_allclose(number, same, rtol=1e-5)
   np.testing.assert_array_equal(trace.thoughts.tokens_BGNJ, expected.thoughts.tokens_BGNJ)
   assert relative(got, wanted) < 1e-5
@@ -72,11 +77,8 @@ def test_gradients_of_many_segments_equal_autodiff_of_one(monkeypatch, name):
 
 
 def test_bfloat16_gradients_are_near_float32_ones(monkeypatch):
-  with monkeypatch.context() as patch:
-    _, got = gradient(patch, "latent", cut_up=True, dtype="bfloat16")
-  with monkeypatch.context() as patch:
-    _, wanted = gradient(patch, "latent", cut_up=True)
-  assert relative(got, wanted) < 0.1
+  _, got = gradient(monkeypatch, "latent", cut_up=True, dtype="bfloat16")
+  assert relative(got, in_segments("latent")[1]) < 0.1
 
 
 def test_segments_hold_all_blocks_and_grow_in_even_steps():
