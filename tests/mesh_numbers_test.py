@@ -187,7 +187,8 @@ def test_training_steps_on_one_device_and_eight(name):
 
 
 def test_what_thinks_slot_after_slot_is_not_split_along_its_row():
-  for recipe, values in (("latent", {}), ("nll_only", {"thought.rescore": False})):
+  ends = {"thought.halting": "entropy"}
+  for recipe, values in (("latent", {}), ("pause", ends), ("nll_only", {"thought.rescore": False})):
     with pytest.raises(ConfigError, match=r"mesh.sequence 4 splits a row.*tensor"):
       small(recipe, **{"mesh.sequence": 4}, **values)
   for recipe, values in (("latent", {**PRIVATE}), ("pause", {}), ("none", {}), ("nll_only", {})):

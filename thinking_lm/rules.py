@@ -101,9 +101,7 @@ def rethought_faults(thought: ThoughtConfig, config, data, model) -> list[str]:
 
 def mesh_faults(sequence: int, thought: ThoughtConfig) -> list[str]:
   """Thoughts that a mesh with so many devices along a row would wait for: they are made one slot after another."""
-  kind = thought.kind_of
-  scored = not thought.serial or (kind.policy and thought.rescore)
-  if sequence in (0, 1) or not thought.length or thought.topology == "private" or scored:
+  if sequence in (0, 1) or thought.topology == "private" or not thought.serial or thought.rescored:
     return []
   return [
     f"mesh.sequence {sequence} splits a row, but persistent thoughts of kind {thought.kind!r} run through it slot by "

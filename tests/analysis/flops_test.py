@@ -47,6 +47,9 @@ GRADIENTS = [
   (CASES[7], "none", 0.05),  # XLA finds what is computed again of so few mixed predictions among what was there
   (CASES[8], "none", 0.02),
   (CASES[10], "none", 0.02),
+  (dict(length=2), "full", 0.02),
+  (CASES[5], "full", 0.02),
+  (CASES[6], "none", 0.02),
 ]
 """Thoughts, remat, and what is allowed for."""
 
@@ -91,7 +94,7 @@ def test_forward_within_two_percent(options):
   np.testing.assert_allclose(counted(thought, gradient=False), B * ours.total, rtol=0.02)
 
 
-@pytest.mark.parametrize("options, remat, tolerance", leaving(GRADIENTS, [GRADIENTS[4], GRADIENTS[8]]), ids=named)
+@pytest.mark.parametrize("options, remat, tolerance", leaving(GRADIENTS, [GRADIENTS[4], *GRADIENTS[8:]]), ids=named)
 def test_with_gradient_within_two_percent(options, remat, tolerance):
   config = dataclasses.replace(CONFIG, remat=remat)
   thought = ThoughtConfig(**dict(length=1, placement="stride", stride=T) | options)

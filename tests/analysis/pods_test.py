@@ -146,6 +146,8 @@ def test_the_search_says_what_fits_and_changes_the_batch_last():
   for options in ({}, {"thought.kind": "sampled", "thought.topology": "private"}):
     words = [words for words, _ in pods.alternatives(sketch(**options).config, 8)]
     assert words and "remat" not in " ".join(words), "it changes nothing of a backward pass of our own"
+  several = sketch("hybrid", **{"thought.topology": "private", "thought.lookahead": 2, "train.updates": 2}).config
+  assert next(pods.alternatives(several, 8))[0] == "model.remat=full", "thoughts of several updates are scored at once"
 
 
 def test_advice_is_one_line_and_names_a_config_that_fits(plan, monkeypatch):
@@ -156,7 +158,7 @@ def test_advice_is_one_line_and_names_a_config_that_fits(plan, monkeypatch):
   fits = iter([False, True])
   monkeypatch.setattr(ahead, "compiled", lambda *_: dataclasses.replace(train, fits=next(fits), peak=2**30))
   line = pods.advice(tight, True, build, jax.devices())
-  assert line == ("train needs 20.0 GiB of 15.75 GiB a device; train.accumulation=4 does for training, with 1.0 GiB")
+  assert line == "train needs 20.0 GiB of 15.75 GiB a device; train.accumulation=4 does for training, with 1.0 GiB"
 
 
 PODS = [file for file in sorted((ROOT / "configs/pod").glob("*.py")) if "." not in file.stem]  # not the small one

@@ -58,16 +58,17 @@ class Ledger:
 
 def replays(thought: ThoughtConfig) -> bool:
   """Whether the pass that draws the thoughts also scores them (model/replay.py)."""
-  return bool(thought.kind_of.policy and thought.rescore and thought.topology == "private")
+  return thought.rescored and thought.topology == "private"
 
 
-def rematerialises(thought: ThoughtConfig) -> bool:
-  """Whether `model.remat` plays a part: not where the backward pass is our own (model/reverse.py, model/replay.py)."""
-  if not thought.length:
-    return True
-  serial = (thought.kind_of.serial or thought.may_end) and not thought.iterations
-  rescored = thought.kind_of.policy and thought.rescore
-  return not (replays(thought) if thought.topology == "private" else serial and not rescored)
+def beside_targets(thought: ThoughtConfig, N: int) -> tuple[float, float]:
+  """(predictions at the ends that N private thoughts may have, predictions without them that are mixed in), numbers.
+
+  That is beside the one prediction of each target.
+  """
+  ends = len(halting.exits(thought)) if thought.learns_end else 0
+  mixed = thought.lookahead + ends if thought.mixing != "none" else 0
+  return thought.samples * N * ends, thought.samples * N * mixed
 
 
 def layer_flops(model: ModelConfig, queries: float, keys: float) -> float:
@@ -120,43 +121,36 @@ def ledger(
   if thought.kind == "latent" and model.latent_map == "linear":
     per_token = 2.0 * model.width**2
   parts = (_private if thought.topology == "private" else _persistent)(model, thought, T, N, aligned)
-  base, base_serial, parallel, serial, ahead, makes, asks, heads, queries, again, last = parts
-  readout = heads * head + _after(model, thought, N, head)
+  base, base_serial, parallel, serial, ahead, makes, heads, queries, again, last = parts
+  ends, mixed = beside_targets(thought, N)
+  readout = (heads + ends + mixed) * head + mixed * 4.0 * model.width**2  # and the head `mix`
   if kind.policy:
     readout += G * N * n * (head if kind.discrete else 2 * head)  # a density needs the mixture's mean as well
-  if given or not (kind.serial or thought.may_end):
-    return _with_backward(Ledger(base, parallel, readout, 0.0), model, gradient, 0.0, queries)
-  if thought.iterations:
+  if thought.iterations and not given:
     return _iterated(Ledger(base, parallel, readout, 0.0), G * N * n * per_token, thought, model, gradient, queries)
-  unlearned = asks * head if thought.halting == "entropy" else 0.0
-  draw = makes * per_token + unlearned
+  if given or not thought.serial:
+    return _with_backward(Ledger(base, parallel, readout, 0.0), model, gradient, 0.0, queries)
+  answers, unlearned = G * N * thought.answer * per_token, makes * head if thought.halting == "entropy" else 0.0
+  draw = makes * per_token + answers + unlearned
   if replays(thought):
-    drawn = Ledger(base, serial + ahead, readout, G * N * thought.answer * per_token + unlearned)
+    drawn = Ledger(base, serial + ahead, readout, answers + unlearned)
     # One pass over everything, never run forward, is gone through backwards from the inputs of every layer.
     backward = 2 * (base + parallel) + _again(model, base + parallel, queries) + 3 * readout
     return dataclasses.replace(drawn, backward=backward) if gradient else drawn
-  if kind.policy and thought.rescore:
+  if thought.rescored:
     once = base_serial + serial - last + draw
     return _with_backward(Ledger(base, parallel, readout, once), model, gradient, once, queries)
   once = Ledger(base_serial, serial + ahead, readout, draw)
   return _with_backward(once, model, gradient, unlearned, queries, again)
 
 
-def _after(model: ModelConfig, thought: ThoughtConfig, N: int, head: float) -> float:
-  """What predicting after private thoughts costs beside one head for each target: mixing, and every end there is."""
-  mixed, exits = thought.mixing != "none", len(halting.exits(thought)) if thought.learns_end else 0
-  mix = head + 4.0 * model.width**2  # the prediction without the thought, and the head `mix`
-  return thought.samples * N * (exits * head + (thought.lookahead + exits) * mixed * mix)
-
-
 class _Parts(NamedTuple):
   """Forward FLOPs of layers, and counts, of a row with thoughts.
 
   base, base_serial: of real tokens in one pass, and where a serial stream computes them. parallel, serial: of thoughts,
-  likewise. ahead: of the look-ahead. makes: think tokens made. asks: states at which a thought may end. heads: states
-  that predict a target. queries: of one pass.
-  again: what the backward pass of a serial stream computes again (model/reverse.py). last: its last segment, which a
-  pass that only draws does without.
+  likewise. ahead: of the look-ahead. makes: think tokens made; before each a thought may end. heads: states that
+  predict a target. queries: of one pass. again: what the backward pass of a serial stream computes again
+  (model/reverse.py). last: its last segment, which a pass that only draws does without.
   """
 
   base: float
@@ -165,7 +159,6 @@ class _Parts(NamedTuple):
   serial: float
   ahead: float
   makes: float
-  asks: float
   heads: float
   queries: float
   again: float
@@ -182,9 +175,8 @@ def _private(model: ModelConfig, thought: ThoughtConfig, T: int, N: int, aligned
   A += F
   ahead = G * N * layer_flops(model, A, T + J + A) if A else 0.0
   parallel = G * N * layer_flops(model, J + A, T + J + A)
-  makes, asks = G * N * (thought.length + thought.answer), G * N * thought.length
-  heads, queries = T + G * N * thought.lookahead, T + G * N * (J + A)
-  return _Parts(base, base, parallel, serial, ahead, makes, asks, heads, queries, 0.0, 0.0)
+  makes, heads, queries = G * N * thought.length, T + G * N * thought.lookahead, T + G * N * (J + A)
+  return _Parts(base, base, parallel, serial, ahead, makes, heads, queries, 0.0, 0.0)
 
 
 def _persistent(model: ModelConfig, thought: ThoughtConfig, T: int, N: int, aligned: int) -> _Parts:
@@ -199,15 +191,13 @@ def _persistent(model: ModelConfig, thought: ThoughtConfig, T: int, N: int, alig
   cached = 2 * model.width * model.resolved_head_width * model.resolved_kv_heads * (2 - model.qk_norm)
   again = [layer_flops(model, s.slots, A) - model.layers * s.slots * cached for s, A in zip(plan, ends, strict=True)]
   each = [(s.rounds * s.real, s.slots - s.rounds * s.real, A) for s, A in zip(plan, ends, strict=True)]
-  turns = G * sum(shape.rounds * (1 + shape.singles) for shape in plan)
   return _Parts(
     base=G * layer_flops(model, real, causal_keys(model, S)),
     base_serial=G * sum(layer_flops(model, reals, A) for reals, _, A in each),
     parallel=G * layer_flops(model, S - real, causal_keys(model, S)),
     serial=G * sum(layer_flops(model, thinks, A) for _, thinks, A in each),
     ahead=0.0,
-    makes=turns,
-    asks=turns,
+    makes=G * sum(shape.rounds * (1 + shape.singles) for shape in plan),
     heads=G * T,
     queries=G * S,
     again=G * sum(again[:-1]),

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from thinking_lm.analysis import ahead, roofline
 from thinking_lm.analysis.chips import GIB, Chip
-from thinking_lm.analysis.flops import Ledger, rematerialises
+from thinking_lm.analysis.flops import Ledger
 from thinking_lm.analysis.traffic import Traffic, training_traffic
-from thinking_lm.analysis.training import training_ledger
+from thinking_lm.analysis.training import rematerialises, training_ledger
 from thinking_lm.errors import ConfigError
 from thinking_lm.model.generate import Sampling
 from thinking_lm.training.mesh import device_faults, make_mesh
@@ -142,7 +142,7 @@ def alternatives(config: Any, devices: int) -> Iterator[tuple[str, Any]]:
   is learned.
   """
   words = []
-  if config.model.remat != "full" and rematerialises(config.thought):
+  if config.model.remat != "full" and rematerialises(config):
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"))
     words.append("model.remat=full")
     yield words[-1], config

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from thinking_lm.analysis.flops import causal_keys, replays
+from thinking_lm.analysis.flops import beside_targets, causal_keys, replays
 from thinking_lm.analysis.training import plain_floor, training_ledger
 from thinking_lm.model.decoder import table_rows
 from thinking_lm.model.serial import segments
@@ -78,27 +78,27 @@ class Passes(NamedTuple):
 
 def passes(model, thought, T: int, aligned: int) -> Passes:
   """The Passes of a row of T real tokens; of ThoughtConfig `thought`, `aligned` as of `placement.place`."""
-  N, G, J, kind = capacity(thought, T, aligned), thought.samples, thought.slots, thought.kind_of
+  N, G, J = capacity(thought, T, aligned), thought.samples, thought.slots
   if not N:
     return Passes(T, T * causal_keys(model, T), T)
-  drawn = G * N * thought.length * (kind.policy is not None)
+  heads = G * N * thought.length * (thought.kind_of.policy is not None) + sum(beside_targets(thought, N))
   if thought.topology == "private":
     A = thought.lookahead - 1 + max(thought.answer - 1, 0)
     X, P = J + A, G * N
-    found = Passes(T + P * X, T * causal_keys(model, T) + P * X * (T + X), T + P * thought.lookahead + drawn)
-    if not kind.serial:
+    found = Passes(T + P * X, T * causal_keys(model, T) + P * X * (T + X), T + P * thought.lookahead + heads)
+    if not thought.serial:
       return found._replace(forward=2, backward=2)
     count = 1 + J + (A > 0)
     return found._replace(cached=J * (T + P * J), forward=count, backward=1 if replays(thought) else count)
   C, R = blocks(thought, T, N, aligned)
   sizes, tail = Layout(None, C, R, cuts=cuts(thought, T, N, aligned)).sizes(T)
   S = sum(sizes) + tail + J * len(sizes)
-  found = Passes(G * S, G * S * causal_keys(model, S), G * T + drawn)
+  found = Passes(G * S, G * S * causal_keys(model, S), G * T + heads)
   if thought.iterations:
     return found._replace(
       forward=thought.iterations, backward=thought.through or thought.iterations, work=thought.iterations
     )
-  if not kind.serial:
+  if not thought.serial:
     return found
   plan, end, scores, cached, count = segments(thought, sizes, tail), 0, 0, 0, 0
   for shape in plan:
@@ -106,7 +106,7 @@ def passes(model, thought, T: int, aligned: int) -> Passes:
     scores += G * shape.slots * end
     cached += G * shape.rounds * (1 + shape.singles) * end
     count += shape.rounds * (1 + shape.singles)
-  if kind.policy and thought.rescore:  # drawn serially, then scored in one parallel pass with the gradient
+  if thought.rescored:  # drawn serially, then scored in one parallel pass with the gradient
     return found._replace(cached=cached, forward=count + 1, work=2)
   return found._replace(scores=scores, cached=cached, forward=count, backward=count, again=True)
 

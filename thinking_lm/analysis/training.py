@@ -37,6 +37,18 @@ def training_flops(config, vocabulary_size: int, T: int, proxy: ModelConfig | No
   return training_ledger(config, vocabulary_size, T, proxy).total
 
 
+def rematerialises(config) -> bool:
+  """Whether `model.remat` plays a part in a training step of an ExperimentConfig.
+
+  It does in passes over many slots, and so where thoughts are given (all of them, or those of several updates); not
+  where the backward pass is our own (model/reverse.py, model/replay.py).
+  """
+  thought = config.thought
+  if config.objective.exact or config.train.updates > 1:
+    return True
+  return not (replays(thought) if thought.topology == "private" else thought.serial and not thought.rescored)
+
+
 def _drawn_thoughts(config, vocabulary_size: int, T: int) -> Ledger:
   """A row, drawn and scored with its gradient; or drawn once, and scored in each of several updates."""
   updates = config.train.updates

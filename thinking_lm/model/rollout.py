@@ -54,9 +54,9 @@ def rollout(
   run = _private if config.topology == "private" and config.length else _persistent
   keys_BGN = _keys(config, batch, layout, key)
   decoder, drawer = model.bind(params), None
-  if given is None and config.length and not config.kind_of.serial and not config.may_end:
+  if given is None and config.length and not config.serial and not config.iterations:
     given = _pauses(decoder, config, layout)
-  if given is None and config.length and config.kind_of.policy and config.rescore:
+  if given is None and config.rescored:
     drawer = model.bind(jax.lax.stop_gradient(params))
   return run(decoder, drawer, config, batch, layout, keys_BGN, given, taps_BGNnD)
 

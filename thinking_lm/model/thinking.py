@@ -48,20 +48,19 @@ def think(
     return run(decoder.embed_row(row, *hidden_BPD.shape[:2]), j, cache)
 
   def step(carry, i):
-    hidden, ended, cache, progress = carry
-    progress = halting.reached(decoder, config, progress, ended, i)
+    hidden, cache, progress = carry
+    progress = halting.reached(decoder, config, progress, hidden, i)
     x, token, cache = make(hidden, fold(keys_BP, i), i, progress, cache)
     progress = halting.drawn(decoder, config, progress, token, i)
     hidden, cache = run(x, i + config.opening, cache)
-    return (hidden, hidden, cache, progress), (hidden, x, token)
+    return (hidden, cache, progress), (hidden, x, token)
 
   hidden, cache, around = hidden_BPD, memory, ([], [])
   progress = halting.fresh(config, hidden.shape[:-1], keys_BP)
   if config.delimiters:
     hidden, cache = control(decoder.start, 0, cache)
     around[0].append(hidden[:, :, None])
-  begin = (hidden, hidden_BPD, cache, progress)  # whether to think at all is asked of the anchor, and not of START
-  (hidden, _, cache, progress), made = jax.lax.scan(step, begin, jnp.arange(n))
+  (hidden, cache, progress), made = jax.lax.scan(step, (hidden, cache, progress), jnp.arange(n))
   states, inputs, tokens = made
   if config.closing:
     hidden, cache = control(decoder.stop, J - 1, cache)

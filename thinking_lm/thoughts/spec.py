@@ -283,8 +283,13 @@ class ThoughtConfig:
 
   @property
   def serial(self) -> bool:
-    """Whether a rollout makes think tokens one after another."""
-    return bool(self.length and self.kind_of.serial and not self.iterations)
+    """Whether a rollout makes think tokens one after another: each, or the end of a thought, needs the state before."""
+    return bool(self.length and not self.iterations and (self.kind_of.serial or self.may_end))
+
+  @property
+  def rescored(self) -> bool:
+    """Whether think tokens are drawn without gradients, and scored then."""
+    return bool(self.length and self.kind_of.policy and self.rescore)
 
   @property
   def chained(self) -> bool:
