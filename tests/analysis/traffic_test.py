@@ -75,8 +75,19 @@ def test_serial_thoughts_call_the_layers_again_and_read_the_cache():
   assert persistent.cached > persistent.forward, "more keys than one in each call"
   pause = passes(MODEL, thinking(kind="pause", length=3, stride=16), T, 0)
   assert (pause.forward, pause.backward, pause.cached) == (1, 1, 0)
+  entropy = passes(MODEL, thinking(kind="pause", length=3, stride=16, halting="entropy"), T, 0)
+  assert entropy.forward > 3 * T // 16 and entropy.again, "whether it ends is asked of each state"
   iterated = passes(MODEL, thinking(kind="soft", length=3, stride=16, iterations=4, through=2), T, 0)
   assert (iterated.forward, iterated.backward, iterated.work) == (4, 2, 4)
+
+
+def test_mixed_predictions_and_learned_ends_read_the_head_more_often_by_hand():
+  heads = lambda **options: passes(MODEL, thinking(topology="private", stride=16, **options), T, 0).heads
+  N, exits = T // 16, 4
+  assert heads(kind="latent", length=3) == T + N
+  assert heads(kind="latent", length=3, halting="ponder") == T + N * (1 + exits)
+  assert heads(kind="latent", length=3, halting="ponder", mixing="logit") == T + N * 2 * (1 + exits)
+  assert heads(kind="sampled", length=3, samples=2, mixing="probability") == T + 2 * N * (3 + 2)
 
 
 @pytest.mark.parametrize("options", [dict(length=0), dict(kind="latent"), dict(kind="sampled", topology="private")])
