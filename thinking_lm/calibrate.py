@@ -1,10 +1,14 @@
-"""Which need marks which share of the tokens: thresholds for a placement by need, from past data.
+"""Which threshold makes which share of the places think, from past data: for placement by need and for learned ends.
 
   python -m thinking_lm.calibrate --workdir=DIR [--split=train] [--rows=256]
 
 Prints, for a few shares, the next-token entropy (nats, without thoughts) that this share of the tokens is above by the
 run's model: a value for thought.need_above, and how many thoughts it makes in a row at most of the rows looked at, for
 thought.room. The run may be the one that thinks, or the frozen one that thought.proxy names.
+
+Of a run whose thoughts a head ends (thought.halting router or ponder) it prints, for the same shares, the
+thought.stop_at at which this share of its thoughts uses a think token at all: `evaluate --thought=stop_at=VALUE` then
+thinks as often as a placement that it is compared with.
 
 Exit codes: 0 done, 64 wrong command line, 65 damaged data or checkpoints, 78 wrong config.
 """
@@ -29,17 +33,26 @@ def main(argv) -> None:
   del argv
   if not _WORKDIR.value:
     raise UsageError("--workdir=DIR is needed; see --help")
+  from thinking_lm import experiment
+
+  subject, params, step = experiment.load(_WORKDIR.value)
+  batches = lambda: subject.data.evaluation_batches(_SPLIT.value, batch_size=_BATCH.value, limit=_ROWS.value)
+  source = f"step {step} of {_WORKDIR.value}"
+  print(_by_need(subject, params, batches(), source))
+  if subject.config.thought.learns_end:
+    print("\n" + _by_end(subject, params, batches(), source))
+
+
+def _by_need(subject, params, batches, source: str) -> str:
   import jax
   import numpy as np
 
-  from thinking_lm import experiment
   from thinking_lm.evaluation.summary import aligned
   from thinking_lm.model.need import needed
 
-  subject, params, step = experiment.load(_WORKDIR.value)
   look = jax.jit(functools.partial(needed, subject.model))
   needs, real = [], []
-  for batch in subject.data.evaluation_batches(_SPLIT.value, batch_size=_BATCH.value, limit=_ROWS.value):
+  for batch in batches:
     needs.append(np.asarray(look(params, batch).need_BT))
     real.append(batch.segments_BT > 0)
   need_RT, real_RT = np.concatenate(needs), np.concatenate(real)
@@ -47,7 +60,26 @@ def main(argv) -> None:
   for share in SHARES:
     above = float(np.quantile(need_RT[real_RT], 1 - share))
     rows.append((f"1 / {1 / share:g}", f"{above:.4f}", str(int(((need_RT > above) & real_RT).sum(axis=1).max()))))
-  print(f"step {step} of {_WORKDIR.value}, {int(real_RT.sum())} tokens of {_SPLIT.value}\n{aligned(rows)}")
+  return f"{source}, {int(real_RT.sum())} tokens of {_SPLIT.value}\n{aligned(rows)}"
+
+
+def _by_end(subject, params, batches, source: str) -> str:
+  import jax
+  import numpy as np
+
+  from thinking_lm.evaluation.summary import aligned
+
+  def at_once(params, batch, key):
+    """(log-probability [B, N] of ending at the anchor, by the first sample; which thoughts there are)."""
+    trace = subject.rollout(params, batch, key)
+    return trace.exit_logp_BGNK[:, 0, :, 0], trace.valid_BN
+
+  look = jax.jit(at_once)
+  found = [look(params, batch, jax.random.key(0)) for batch in batches]
+  logp_X = np.concatenate([np.asarray(logp_BN, np.float64)[np.asarray(valid_BN)] for logp_BN, valid_BN in found])
+  rows = [("share that thinks", "thought.stop_at")]
+  rows += [(f"1 / {1 / share:g}", f"{np.exp(np.quantile(logp_X, share)):.6g}") for share in SHARES]
+  return f"{source}, {len(logp_X)} thoughts of {_SPLIT.value}\n{aligned(rows)}"
 
 
 if __name__ == "__main__":

@@ -52,9 +52,9 @@ def put(batch):
   return mesh_lib.global_batch(jax.sharding.get_mesh(), batch)
 
 
-def train(path, every: int):
-  """Trains three steps with private sampled thoughts, and a hook every so many. Returns (state, rows)."""
-  values = config(thought=THOUGHT, objective=dict(score_weight=1.0), train=dict(steps=3))
+def train(path, every: int, thought=THOUGHT, **objective):
+  """Trains three steps, with private sampled thoughts unless told, and a hook every so many. Returns (state, rows)."""
+  values = config(thought=thought, objective=objective or dict(score_weight=1.0), train=dict(steps=3))
   built = experiment.build(experiment.parse(values))
   run_ = dataclasses.replace(built.run(), hooks=hooks(EvaluationConfig(every=every, limit=13), built, KEY, put))
   return loop.train(run_, str(path)), read_rows(path / "metrics.jsonl")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import quick
-from tests.evaluation.harness import KEY, THOUGHT, config, make
+from tests.evaluation.harness import KEY, THOUGHT, config, make, train
 from tests.slow import leaving
 from thinking_lm import experiment
 from thinking_lm.errors import ConfigError
@@ -124,3 +124,20 @@ def test_the_command_prints_thresholds_that_mark_the_share_it_says(frozen):
   for share, above, most in found:
     marked_BT = need_BT > float(above) + 1e-4  # the threshold is one of the needs, and printed with four digits
     assert abs(marked_BT.sum() - 120 / int(share)) <= 2 and abs(marked_BT.sum(axis=1).max() - int(most)) <= 1
+
+
+def test_the_command_prints_ends_at_which_the_share_it_says_thinks(tmp_path):
+  """Of a router's thoughts, as many use a think token at a printed thought.stop_at as the command says."""
+  thought = dict(kind="latent", length=2, placement="every", topology="private", halting="router")
+  train(tmp_path / "run", 0, thought, price=0.1)
+  code, out, errors = quick.command("calibrate", f"--workdir={tmp_path / 'run'}", "--rows=20", "--batch_size=8")
+  assert code == 0, errors
+  subject, params, _ = experiment.load(str(tmp_path / "run"))
+  rows = next(subject.data.evaluation_batches("train", batch_size=20, limit=20))
+  table = out.partition(" thoughts of train\n")[2]
+  found = re.findall(r"^1 / (\d+) +([\d.e-]+)$", table, flags=re.MULTILINE)
+  assert [int(share) for share, _ in found] == [2, 4, 8, 16, 32]
+  for share, stop_at in found[:3]:
+    trace = jax.jit(subject.rethought([f"stop_at={stop_at}"]).rollout)(params, rows, KEY)
+    thinks = (np.asarray(trace.used_BGN)[:, 0] > 0) & np.asarray(trace.valid_BN)
+    assert abs(thinks.sum() - trace.valid_BN.sum() / int(share)) <= 2
