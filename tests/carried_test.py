@@ -26,6 +26,7 @@ SMALL = {
   **{"data.source": "task", "data.sequence_length": 0, "data.task.length": 4, "data.task.name": "word_problem"},
   **{"data.threads": 0, "model.layers": 1, "model.width": 8, "model.heads": 2, "model.kv_heads": 1},
   **{"train.steps": 4, "train.batch_size": 8, "train.log_every": 1, "train.tensorboard": False},
+  "health.every": 0,
 }
 PAST = {"objective.reward": "info_gain", "objective.teacher_decay": 0.9, "objective.kl_weight": 0.1}
 EVERYTHING = PAST | {

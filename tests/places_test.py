@@ -2,11 +2,14 @@
 
 import logging
 
+import jax
 import pytest
 import tokenizers
 
+from tests import quick
 from thinking_lm import experiment
 from thinking_lm.errors import ConfigError
+from thinking_lm.model.generate import Sampling
 from thinking_lm.training import loop
 
 
@@ -74,3 +77,20 @@ def test_another_tokenizer_is_refused(home, tmp_path):
       load("other.json")
     with pytest.raises(ConfigError, match=r"gone\.json cannot be read: .*--tokenizer may name another place"):
       load("gone.json")
+
+
+THINKS = ("length=2", "kind=latent", "placement=every", "halting=entropy")
+
+
+def test_a_run_is_asked_to_think_otherwise_while_it_generates(home, monkeypatch):
+  """Ends by entropy too, which need no training: at 0 nats there are all think tokens, above every entropy none."""
+  changes = [f"--thought={','.join(THINKS)},stop_below=0", "--prompt=one two", "--max_tokens=4", "--temperature=0"]
+  words = f"--tokenizer=tokenizers:{home}/words.json"
+  code, out, said = quick.command("generate", f"--workdir={home}/run", words, *changes)
+  assert code == 0 and "--- 1 of 1: one two" in out, said
+  assert "4 real tokens, 8 think tokens" in said
+  monkeypatch.chdir(home)
+  built, params, _ = experiment.load(str(home / "run"), rows=False)
+  subject = built.rethought([*THINKS, "stop_below=99"])
+  made = subject.generate(params, [b"one two"], jax.random.key(0), Sampling(4, 0.0))
+  assert made.length_B == 4 and not (made.thoughts_BXn >= 0).any()

@@ -217,13 +217,13 @@ class Experiment:
     if not c.thought.length:
       return None
     half = c.model.compute_dtype != "float32"
-    found = health_rules(c.health, self.data.vocabulary.size, half, c.thought.kind_of.policy, c.thought.samples)
+    found = health_rules(c.health, self.data.vocabulary.size, half, c.thought.kind_of.discrete, c.thought.samples)
     return Watch(found, History, c.health.patience)
 
   def _examinations(self, put) -> tuple[Examination, ...]:
-    """The look at thoughts every so many steps, in a run that is long enough for one."""
+    """The look at thoughts every so many steps and after the last one."""
     c, goal = self.config, self.config.objective
-    if not c.thought.length or not 0 < c.health.every <= c.train.steps:
+    if not c.thought.length or not c.health.every:
       return ()
     terms = {}
     if goal.score_weight:

@@ -1,10 +1,12 @@
 """Continues prompts with a trained model, thinking as it was trained to.
 
   python -m thinking_lm.generate --workdir=DIR --prompt="The " [--prompt=...] [--temperature=0] [--thoughts=shown]
+    [--thought=halting=entropy,stop_below=1.0]
 
 Several prompts are decoded as one batch. With --thoughts=shown each thought stands in brackets before the token it led
 to; for a latent or pause thought these are the tokens that the output head reads off its think slots. --output=FILE
-writes one JSON line for every continuation: prompt, text, tokens, log-probabilities and thoughts.
+writes one JSON line for every continuation: prompt, text, tokens, log-probabilities and thoughts. --thought changes
+where, how and how long the same parameters think, as in `thinking_lm.evaluate`.
 
 Exit codes: 0 done, 64 wrong command line, 65 damaged data or checkpoints, 73 the output cannot be written, 78 wrong
 config.
@@ -29,6 +31,9 @@ _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Longest continuation, in 
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of real tokens; 0: always the most likely one.", lower_bound=0.0)
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens only; 0: from all.", lower_bound=0)
 _SEED = flags.DEFINE_integer("seed", 0, "Of everything that is drawn.", lower_bound=0, upper_bound=2**32 - 1)
+_THOUGHT = flags.DEFINE_list(
+  "thought", [], "Options of the thought section for this run, such as halting=entropy,stop_below=1.0 or length=2."
+)
 _THOUGHTS = flags.DEFINE_enum("thoughts", "hidden", ["hidden", "shown"], "Whether thoughts are printed.")
 _OUTPUT = flags.DEFINE_string("output", None, "Also write JSON lines to this file.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "Where the run's tokenizer lies now, as in data.tokenizer.")
@@ -59,6 +64,7 @@ def main(argv) -> None:
   subject, params, step = experiment.load(
     _WORKDIR.value, _AVERAGED.value, rows=False, places=dict(tokenizer=_TOKENIZER.value)
   )
+  subject = subject.rethought(_THOUGHT.value)
   if subject.data.task is not None and subject.data.task.tagging:
     raise ConfigError(
       f"this model labels every token of a {subject.config.data.task.name}: there is no text to continue; see "

@@ -9,10 +9,11 @@ Each estimator draws --estimates gradients for the same --rows rows of the train
 and is compared with grad J, M and P: exact where every thought can be enumerated (vocabulary^length up to 4096; for
 persistent thoughts also to the power of the anchors of a row), else the mean of many gradients of an estimator with
 --reference_samples thoughts, whose standard error is printed, and whose grad M still has the bias of that many samples.
-Where a thought goes, what sees it, its length and its temperature are the run's. `own` is the run's objective as it
-stands; baselines and references with a past are those of the checkpoint. What these thoughts or a trained model without
-the heads cannot have is left out, with the reason. Prints tables for all parameters and by part of the model, and
-writes JSON and (if matplotlib is there) a plot to DIR/microscope/ or to --output.
+Where a thought goes, what sees it, its length and its temperature are the run's; its tokens are drawn from the
+vocabulary, whatever the run's own are. `own` is the run's objective and kind as they stand, where that draws; baselines
+and references with a past are those of the checkpoint. What these thoughts or a trained model without the heads cannot
+have is left out, with the reason. Prints tables for all parameters and by part of the model, and writes JSON and (if
+matplotlib is there) a plot to DIR/microscope/ or to --output.
 
 Of thoughts that are trained by parallel iterations, also how far their gradient is from that of the serial chain.
 
@@ -93,9 +94,13 @@ def _estimator(subject: Subject, changes, samples: int):
   from thinking_lm.objectives import carry
   from thinking_lm.types import Carried
 
-  run = subject.run
+  run, thought = subject.run, subject.run.config.thought
+  if changes is None and not thought.kind_of.stochastic:
+    raise ConfigError(
+      f"the run's own thoughts ({thought.kind}) are not drawn: their gradient has no noise, and is none of these"
+    )
   values = config_lib.to_config_dict(run.config)
-  values.update_from_flattened_dict(estimators.settings(changes, run.config.thought, samples))
+  values.update_from_flattened_dict(estimators.settings(changes, thought, samples))
   config = experiment.parse(values)
   faults = rules.size_faults(config.objective, config.thought, run.data)
   faults += rules.head_faults(config.thought, config.objective, config.data, run.model)
@@ -225,7 +230,8 @@ def main(argv) -> None:
   subject = _subject()
   found = measure(subject, names)
   thought, step = subject.run.config.thought, subject.step
-  what = f"{thought.length} think tokens, {thought.topology}, {thought.placement}"
+  own = "" if thought.kind == "sampled" else f" (the run's own are of kind {thought.kind})"
+  what = f"{thought.length} sampled think tokens{own}, {thought.topology}, {thought.placement}"
   print(f"step {step}; thoughts: {what}; {_ROWS.value} rows, G = {_SAMPLES.value}, {_ESTIMATES.value} estimates each")
   print(f"{time.monotonic() - began:.0f} s\n\n{microscope_report.table(found)}")
   _write(found)

@@ -17,12 +17,9 @@ LENGTHS = (9, 6, 3, 0)
 
 def get_config(stage="0"):
   """Stage 0 ... 3 of the curriculum."""
-  config = recipes.apply(recipes.start(experiment.default_config(), "text"), "quiet_star")
+  length = LENGTHS[int(stage)]
+  config = recipes.apply(recipes.start(experiment.default_config(), "text"), "quiet_star" if length else "none")
   config.thought.placement = "stride"
   config.thought.stride = 4
-  config.thought.length = LENGTHS[int(stage)]
-  if not config.thought.length:
-    recipes.apply(config, "none")
-    config.thought.mixing = "none"
-    config.objective.score_weight = 0.0
+  config.thought.length = length
   return config

@@ -7,7 +7,8 @@ Departs: the answer is what the model goes on with behind its thought, of a fixe
 thought.answer), and not what it writes between marks, as long as it likes; thoughts of at most 8 tokens where theirs
 have thousands; a model from scratch has nothing to say yet, so start from one that was trained:
 --config.train.init_from=runs/text. The threshold of 2 nats (thought.need_above) is ours, and the entropy is the model's
-own and not a proxy's.
+own and over all tokens, not that of a proxy's 16 likeliest (thought.proxy=DIR makes it a proxy's). Groups that are paid
+alike stay in the average at every step (objective.advantage=dapo leaves them out).
 Command: python -m thinking_lm.train --config=configs/recipes/rpt.py --workdir=runs/rpt
 Measured: not run at length.
 """

@@ -1,8 +1,8 @@
 """VeriFree (Zhou et al. 2025, arXiv:2505.21493): a thought is paid the probability of the reference answer.
 
 From the paper: grad P, that is reward p(answer | thought), leave-one-out baseline, and the NLL term weighed by p.
-Departs: modular arithmetic; one think token; a small decoder from scratch, for which p is tiny at first: start from
-a trained one with --config.train.init_from=DIR.
+Departs: modular arithmetic; one think token; four thoughts a prompt; a small decoder from scratch, for which p is tiny
+at first: start from a trained one with --config.train.init_from=DIR.
 Command: python -m thinking_lm.train --config=configs/recipes/verifree.py --workdir=runs/verifree
 Measured: not run at length.
 """

@@ -61,6 +61,17 @@ def test_a_transformer_learns_through_the_bottleneck(name):
   assert bottleneck.train(TRANSFORMER, name, seeds=1, steps=250)[0] > 0.2
 
 
+@pytest.mark.slow
+def test_the_tables_are_made(monkeypatch):
+  """Every line of both, at a size that says nothing of their figures."""
+  monkeypatch.setattr(toys, "DRAWN", 64)
+  lines = toys.bias().splitlines()
+  assert len(lines) == 1 + len(toys.PUBLISHED_BIAS) + 2 and lines[-1].startswith("jepo, G = 16")
+  monkeypatch.setattr(bottleneck.train, "__defaults__", (2, 2, 4))
+  lines = bottleneck.report(bottleneck.THINKERS["tables"]).splitlines()
+  assert [line.split()[0] for line in lines[1:]] == list(bottleneck.THINKERS["tables"].names)
+
+
 def test_nothing_but_the_thought_tells_the_symbol():
   """Whatever thought is put in, the reader says the same of every symbol: what it is right about is the thought's."""
   params = bottleneck.MODEL.init(jax.random.key(1))

@@ -21,6 +21,7 @@ def trained(path, **sections):
   values.data.sequence_length = 0
   values.model.update(layers=1, width=16, heads=2)
   values.train.tensorboard = False
+  values.health.every = 0
   for name, changes in sections.items():
     values[name].update(changes)
   loop.train(experiment.build(experiment.parse(values)).run(), str(path))

@@ -123,12 +123,15 @@ def alarms(*rows) -> set[str]:
 
 
 POLICIES = dict(
-  sure=([sharper(100)], {"entropy_low"}),
+  sure=([sharper(100)], {"entropy_low", "entropy_place"}),
   noise=([sharper(0.01)], {"entropy_high", "entropy_uniform"}),
   endless=([likelier(STOP, -20)], {"full"}),
   silent=([likelier(STOP, 20)], {"empty", "distinct", "rank"}),
   stuck=([likelier(3, 20)], {"repeated", "looped", "distinct", "rank"}),
-  stammering=([likelier(3, 20), likelier(STOP, 18.8)], {"rank"}),  # one token, then STOP: what is behind is not thought
+  stammering=(
+    [likelier(3, 20), likelier(STOP, 18.8)],
+    {"rank", "lengthy"},
+  ),  # one token, then STOP: what is behind is not thought
   deaf=([deaf], {"flat", "gradients", "content"}),
   fooled=([deaf, sharper(0)], {"effect"}),
   moved=([moved(1.0, seed=3)], {"drift"}),
@@ -168,9 +171,32 @@ def test_ninety_five_percent_of_thoughts_are_no_longer(changes, expected):
 def test_a_cell_that_hands_on_what_it_got_stands_still():
   subject, params, _ = harness.make(thought=dict(kind="latent", length=2, topology="private"))
   told = jax.jit(lambda params: signs(subject.rollout(params, world().batch, harness.KEY), subject.config.thought))
-  watch = Watch(rules(HealthConfig(), 7, False, policy=False), History, patience=1)
+  watch = Watch(rules(HealthConfig(), 7, False, tokens=False), History, patience=1)
   assert watch(0, values(told(params))) == {}
   assert watch(1, values(told(turned(params, deaf)))) == dict(alarm_alike=1.0)
+
+
+def test_noise_is_not_judged_as_tokens_are():
+  """A sound run of a kind whose density has the entropy of its noise, -28 nats here, whatever it thinks."""
+  subject, params, _ = harness.make(
+    thought=dict(kind="noisy", noise=0.1, length=2, topology="private", samples=2),
+    objective=dict(score_weight=1.0),
+    health=dict(entropy_stop=0.05, patience=1),
+  )
+  told = jax.jit(lambda params: subject.loss_fn(params, world().batch, harness.KEY, Carried(step=jnp.int32(0)))[1])
+  row = values(told(params))
+  assert row["think_entropy"] < 0 and subject._watch()(0, row) == {}
+
+
+@pytest.mark.parametrize("by,alarm", [(20, "empty"), (-20, "full"), (0, None)])
+def test_a_head_that_ends_all_thoughts_or_none_raises_its_alarm(by, alarm):
+  subject, params, _ = harness.make(thought=dict(kind="latent", length=3, topology="private", halting="ponder"))
+  told = jax.jit(lambda params: signs(subject.rollout(params, world().batch, harness.KEY), subject.config.thought))
+  params = turned(params)
+  params["heads"]["halt"]["bias"] += by
+  watch = Watch(rules(HealthConfig(), 7, False, tokens=False), History, patience=1)
+  raised = watch(0, {name: float(sign) for name, sign in told(params).items()})
+  assert raised.keys() & {"alarm_empty", "alarm_full"} == ({f"alarm_{alarm}"} if alarm else set())
 
 
 @pytest.mark.parametrize(
@@ -178,12 +204,12 @@ def test_a_cell_that_hands_on_what_it_got_stands_still():
   [
     (dict(score_weight=1.0), {"nll", "score"}),
     (dict(score_weight=1.0, nll_weight=0.0, base_weight=0.0), {"score"}),
-    (dict(score_weight=0.0, advantage="none"), set()),
+    (dict(score_weight=0.0), set()),
   ],
 )
 def test_the_policys_gradient_is_looked_at_wherever_there_is_one(weights, terms):
   config = harness.config(
-    thought=dict(kind="sampled", length=2, topology="private", samples=2), objective=weights, health=dict(every=1)
-  )
+    thought=dict(kind="sampled", length=2, topology="private", samples=2), objective=weights, health=dict(every=200)
+  )  # a run of two steps: it is examined after the last one
   (look,) = experiment.build(experiment.parse(config))._examinations(None)
   assert set(look._terms) == terms

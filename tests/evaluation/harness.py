@@ -23,6 +23,7 @@ def config(**sections):
   values.data.task.update(length=6, eval_examples=13)
   values.model.update(layers=1, width=16, heads=2, kv_heads=2, mlp_width=32)
   values.train.update(steps=2, batch_size=8, log_every=1, tensorboard=False)
+  values.health.every = 0
   values.data.task.update(sections.pop("task", {}))
   for name, changes in sections.items():
     values[name].update(changes)

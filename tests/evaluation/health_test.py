@@ -117,6 +117,8 @@ def test_rotary_positions_that_differ_between_sampler_and_learner_are_a_mismatch
   assert found["sampler_mismatch"] > 1e-3
   assert found["sampler_mismatch"] > found["sampler_mismatch_mean"] > 1e-4
   assert found["sampler_ratio"] != pytest.approx(1, abs=1e-5)
+  alarms = rules(HealthConfig(ratio=1e-5), 7, half_precision=False)
+  assert alarms["mismatch"].broken(found["sampler_mismatch"]) and alarms["ratio"].broken(found["sampler_ratio"])
 
 
 def test_signal_to_noise_is_that_of_the_mean_gradient():
@@ -173,7 +175,7 @@ def runs(tmp_path, rate=1e-3, **health):
     objective=dict(score_weight=1.0),
     train=dict(steps=4),
     optimizer=dict(learning_rate=rate, schedule="constant", warmup_steps=0),
-    health=dict(every=2, patience=1) | health,
+    health=dict(every=3, patience=1) | health,
   )
   return loop.train(experiment.build(experiment.parse(values)).run(), str(tmp_path / "run"))
 
@@ -184,7 +186,7 @@ def test_a_run_logs_signs_and_examinations_and_says_its_alarms(tmp_path, caplog)
   rows = read_rows(tmp_path / "run/metrics.jsonl")
   assert {"distinct_thoughts", "repeated_tokens"} <= rows[0].keys()
   looks = [row for row in rows if "effect_none" in row]
-  assert [row["step"] for row in looks] == [2, 4]
+  assert [row["step"] for row in looks] == [3, 4]
   wanted = {"effect_shuffled", "sampler_mismatch", "nll_grad_norm", "score_grad_norm", "thought_rank"}
   wanted |= {"nll_grad_snr", "score_grad_snr", "sampler_ratio", "think_entropy_lowest"}
   assert wanted <= looks[0].keys() and looks[0]["score_grad_norm"] > 0

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.model import problem
+from thinking_lm.model.decoder import Model
 from thinking_lm.model.rollout import rollout
 from thinking_lm.thoughts import topology
 from thinking_lm.thoughts.spec import ThoughtConfig
@@ -13,11 +14,17 @@ from thinking_lm.thoughts.spec import ThoughtConfig
 T = 6
 ROW = problem.pack([[0, 1, 2, 1, 3, 4]], [(T,)])
 ANCHORS = (1, 3)
+MODEL = Model(problem.TIED, problem.V, heads=("halt", "mix"), confidences=3)
+PARAMS = problem.moved(MODEL, 0.05)
 CASES = dict(
   persistent=dict(kind="sampled", length=2, samples=2, lookahead=1),
   iterated=dict(kind="latent", length=1, iterations=2),
   private=dict(kind="sampled", topology="private", length=2, samples=2, lookahead=2),
   answer=dict(kind="sampled", topology="private", length=1, samples=2, answer=2),
+  ponder=dict(kind="latent", topology="private", length=2, halting="ponder", lookahead=1),
+  mixed=dict(kind="gumbel", topology="private", length=2, samples=2, mixing="probability", lookahead=1),
+  soft=dict(kind="soft", length=2, lookahead=1),
+  report=dict(kind="sampled", topology="private", length=2, samples=2, report=1, bins=3, lookahead=1),
 )
 
 
@@ -32,8 +39,8 @@ def peeks(thought: ThoughtConfig) -> bool:
       variants[-1][anchor + 1] = token
   batch = jax.tree.map(lambda a: np.repeat(a, len(variants), axis=0), ROW).replace(tokens_BT=np.stack(variants))
   layout = problem.layout([list(ANCHORS)] * len(variants), block=2, T=T)
-  run = lambda params: rollout(problem.model(), thought, params, batch, layout, jax.random.key(3))
-  trace = jax.device_get(jax.jit(run)(problem.params()))
+  run = lambda params: rollout(MODEL, thought, params, batch, layout, jax.random.key(3))
+  trace = jax.device_get(jax.jit(run)(PARAMS))
   for n, anchor in enumerate(ANCHORS):
     rows = [0, *range(1 + n * problem.V, 1 + (n + 1) * problem.V)]
     told = [trace.logp_BGT[rows, :, : anchor + 1], trace.thoughts.tokens_BGNJ[rows, :, n]]
@@ -41,7 +48,9 @@ def peeks(thought: ThoughtConfig) -> bool:
     if not thought.kind_of.discrete:
       told.append(trace.thoughts.inputs_BGNJD[rows, :, n])
     assert all(len(a) > 2 for a in told)
-    if not all(np.allclose(a, a[:1], rtol=1e-5, atol=1e-6) for a in told):
+    if trace.exit_logp_BGNK is not None:
+      told += [trace.exit_logp_BGNK[rows, :, n]]
+    if not all(np.array_equal(a, np.broadcast_to(a[:1], a.shape)) for a in told):
       return True
   return False
 

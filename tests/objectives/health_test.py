@@ -1,5 +1,6 @@
 """Every sign on thoughts that show the failure and on thoughts that do not; every rule on a run that fails that way."""
 
+import dataclasses
 import math
 
 import jax
@@ -51,6 +52,9 @@ def test_signs_read_healthy_thoughts():
     "thought_scale",
     "successive_cosine",
   }
+  assert set(signs(trace(), thought(kind="noisy", halting="fixed"))) == {"thought_scale", "successive_cosine"}
+  assert set(signs(trace(), thought(kind="pause", halting="ponder", samples=1))) == {"empty_thoughts", "full_thoughts"}
+  assert set(signs(trace(), thought(kind="pause", halting="router", samples=1))) == {"empty_thoughts"}
   assert signs(trace(), ThoughtConfig()) == {}
 
 
@@ -174,10 +178,11 @@ def test_a_gradient_of_noise_is_said_where_a_threshold_asks():
 def test_all_rules_are_tested_and_each_can_be_switched_off():
   assert set(FAILURES) | {"entropy_stop", "snr"} == set(RULE_NAMES)
   off = HealthConfig(**{name: False if name == "effect" else 0.0 for name in RULE_NAMES if name not in ALWAYS})
-  assert set(rules(off, 40, False)) == ALWAYS - {"entropy_uniform"}
+  assert set(rules(off, 40, False)) == ALWAYS
+  assert {field.name for field in dataclasses.fields(HealthConfig)} >= set(RULE_NAMES), "what an alarm names"
 
 
-ALWAYS = {"mismatch", "entropy_uniform"}
+ALWAYS = {"mismatch"}
 
 
 @pytest.mark.parametrize("slope,expected", [(1.0, 1.0), (-0.5, -1.0), (0.0, 0.0)])
@@ -208,8 +213,8 @@ def test_one_thought_in_a_group_is_too_few_however_large_the_group(samples):
   assert rule.broken(1 / samples) and not rule.broken(1.2 / samples if samples < 8 else 2 / samples)
 
 
-def test_thoughts_without_a_policy_have_no_entropy_to_lose():
-  assert not any("entropy" in name for name in rules(HealthConfig(entropy_stop=0.1), 40, False, policy=False))
+def test_thoughts_that_draw_no_tokens_have_no_entropy_to_lose():
+  assert not any("entropy" in name for name in rules(HealthConfig(entropy_stop=0.1), 40, False, tokens=False))
 
 
 def test_half_precision_is_allowed_a_larger_mismatch():

@@ -126,6 +126,18 @@ def test_dapo_is_grpo_averaged_over_the_groups_that_vary():
   np.testing.assert_allclose(dapo[0], grpo[0], rtol=1e-9, atol=1e-12)  # the sums; the step divides them by the counts
 
 
+def test_dapo_holds_every_term_to_the_groups_that_vary():
+  """A group that is left out of the average pulls at nothing: no entropy bonus, however many such groups there are."""
+  rows = bandit.groups(2)[::5]
+  varied = rows[:, 1] != rows[:, 2]
+  config = lambda name: ObjectiveConfig(**SCORE, advantage=name, entropy_weight=0.3)
+  kept = measured(config("grpo"), rows[varied])
+  for found in (measured(config("dapo"), rows), measured(config("dapo"), rows[varied])):
+    np.testing.assert_allclose(found[0], kept[0], rtol=1e-9, atol=1e-12)
+    assert found[1]["loss"] == pytest.approx(kept[1]["loss"])
+  assert not measured(config("dapo"), rows[~varied])[0].any() and measured(config("grpo"), rows[~varied])[0].any()
+
+
 def test_dapo_filters_groups_that_hardly_vary():
   with jax.enable_x64(True):
     trace = bandit.traced(bandit.groups(2)[:2])
@@ -178,6 +190,8 @@ FAULTS = [
   (dict(bound="M", advantage="jepo", price=0.1), "price needs bound 'J' or 'P'"),
   (dict(advantage="dapo"), "which the NLL terms do not share"),
   (dict(nll_weight=0.0, score_weight=0.0), "nothing to learn"),
+  (dict(score_weight=0.0, advantage="grpo"), "advantage 'grpo' is read by the score term, whose score_weight is 0"),
+  (dict(score_weight=0.0, reward="exact_match"), "reward 'exact_match' is read by the score term"),
 ]
 
 
@@ -186,7 +200,8 @@ def test_what_means_nothing_is_refused(options, message):
   config = ObjectiveConfig(**(dict(score_weight=1.0) | options))
   assert len(config.faults()) == 1 and message in config.faults()[0]
   if config.nll_weight:
-    assert dataclasses.replace(config, score_weight=0.0).faults() == [], "without a score term there is no mismatch"
+    left = dataclasses.replace(config, score_weight=0.0).faults()
+    assert all("is read by the score term, whose score_weight is 0" in fault for fault in left), "and no mismatch"
 
 
 SAMPLED = {"thought.kind": "sampled", "thought.length": 1, "thought.samples": 2}

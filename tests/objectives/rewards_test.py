@@ -53,6 +53,17 @@ def test_rewards_by_hand(name, trace):
 
 
 @pytest.mark.parametrize("name", OUTCOMES)
+def test_what_the_table_says_of_a_reward(name, trace):
+  """smooth: it has a slope in the outcome. base: it changes with the prediction without a thought."""
+  of_outcome = jax.jit(jax.grad(lambda outcome: REWARDS[name].of(scored.replace(outcome_BGN=outcome)).sum()))
+  with jax.enable_x64(True):
+    scored = trace.replace(score_BGN=trace.outcome_BGN * 0)
+    assert REWARDS[name].smooth == bool(np.any(of_outcome(trace.outcome_BGN)))
+    told = [REWARDS[name].of(scored.replace(base_outcome_BN=trace.base_outcome_BN + by)) for by in (0.0, 1.0)]
+  assert REWARDS[name].base == (not np.array_equal(*told))
+
+
+@pytest.mark.parametrize("name", OUTCOMES)
 def test_every_think_token_costs_its_price(name, trace):
   difference_BGN = of(trace, reward=name) - of(trace, reward=name, price=0.25)
   np.testing.assert_allclose(difference_BGN, 0.25 * trace.used_BGN, atol=1e-6)

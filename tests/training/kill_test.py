@@ -17,6 +17,7 @@ TINY = (
   "--config.optimizer.warmup_steps=5",
   "--config.data.task.length=6",
   "--config.model.width=16",
+  "--config.health.every=0",
   "--config.health.entropy_high=0",  # so small a model starts with sure thoughts, and alarms are told on stderr
 )
 PROGRAMS = dict(

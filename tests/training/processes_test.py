@@ -27,6 +27,7 @@ FLAGS = (
   "--config.data.task.eval_examples=21",
   "--config.model.width=16",
   "--config.evaluation.every=3",
+  "--config.health.every=0",
   "--config.mesh.fsdp=2",
 )
 

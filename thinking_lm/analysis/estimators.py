@@ -43,7 +43,8 @@ ESTIMATORS: dict[str, dict[str, Any] | None] = dict(
 )
 """name -> what it sets; None: nothing.
 
-own: the run's objective and thoughts as they stand, with its own number of samples; the first of several updates.
+own: the run's objective and thoughts as they stand, if these are drawn, with its own number of samples; the first of
+several updates.
 hybrid: both terms of grad J, leave-one-out. reinforce: the same without a baseline. nll_only, score_only: one term of
 it. mean, grpo, dr_grpo, ema, value, greedy: hybrid with another baseline or scale; ema takes the running mean of
 rewards that the run carries, and without one is reinforce. quiet_star: its clamp, with the NLL term. rlp, dapo: score

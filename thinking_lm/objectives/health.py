@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from thinking_lm.config import option
 from thinking_lm.metrics import Mean
+from thinking_lm.thoughts.halting import HALTING
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.types import Trace
 
@@ -25,17 +26,23 @@ class HealthConfig:
   """Thresholds of the alarms (0 switches a rule off), and how often thoughts are examined."""
 
   every: int = option(
-    200, "steps between examinations of one batch of evaluation.split (evaluation/health.py); 0: none", low=0
+    200, "steps between examinations of one batch of evaluation.split, and one after the last step; 0: none", low=0
   )
   patience: int = option(3, "readings in a row beyond a threshold before an alarm", low=1)
   entropy_low: float = option(0.3, "warn: entropy of thoughts falls below this share of the first reading", low=0)
   entropy_high: float = option(1.5, "warn: entropy of thoughts rises above so many times the first reading", low=0)
-  entropy_stop: float = option(0.0, "stop the run: entropy below this share of the first reading", low=0, high=1)
+  entropy_uniform: float = option(0.9, "warn: entropy of thoughts above this share of ln(vocabulary)", low=0, high=1)
+  entropy_stop: float = option(
+    0.0,
+    "stop the run: entropy below this share of the first reading; 0: never, since what was learned may be sure",
+    low=0,
+    high=1,
+  )
   entropy_place: float = option(
     0.1, "warn: least entropy of the first, second, ... think token, below this share of the first reading", low=0
   )
-  empty: float = option(0.8, "warn: share of thoughts that stop before their first token", low=0, high=1)
-  full: float = option(0.5, "warn: share of thoughts that never stop by themselves", low=0, high=1)
+  empty: float = option(0.8, "warn: share of thoughts that end before their first token", low=0, high=1)
+  full: float = option(0.5, "warn: share of thoughts that never end by themselves", low=0, high=1)
   repeated: float = option(0.9, "warn: share of think tokens that repeat the one before", low=0, high=1)
   looped: float = option(
     0.7, "warn: share of pairs of successive think tokens that stood in the same thought before", low=0, high=1
@@ -82,15 +89,22 @@ def _pairs(trace, thought):
   return (inputs[:, :, 1:], tokens[:, :, 1:]), (inputs[:, :, :-1], tokens[:, :, :-1]), there
 
 
+def _ended(trace, length: int, exit: int):
+  """Which thoughts ended after so many think tokens, [B, G, N]; where a head says so, the probability of it."""
+  if trace.exit_logp_BGNK is None:
+    return trace.used_BGN == length
+  return jnp.exp(trace.exit_logp_BGNK[..., exit])
+
+
 def empty_thoughts(trace, thought) -> Mean:
-  """Share of thoughts that stopped before their first token."""
+  """Share of thoughts that ended before their first token."""
   del thought
-  return Mean.of(trace.used_BGN == 0, trace.valid_BN[:, None])
+  return Mean.of(_ended(trace, 0, exit=0), trace.valid_BN[:, None])
 
 
 def full_thoughts(trace, thought) -> Mean:
-  """Share of thoughts that used all their tokens and did not stop by themselves."""
-  return Mean.of(trace.used_BGN == thought.length, trace.valid_BN[:, None])
+  """Share of thoughts that used all their tokens and did not end by themselves."""
+  return Mean.of(_ended(trace, thought.length, exit=-1), trace.valid_BN[:, None])
 
 
 def repeated_tokens(trace, thought) -> Mean:
@@ -143,17 +157,20 @@ class Sign(NamedTuple):
   needs: Callable[[ThoughtConfig], bool]
 
 
+DRAWN, CONTINUOUS = ("gumbel", "sampled"), ("latent", "soft", "noisy")
+"""Kinds whose think tokens are ids, and those whose inputs vary where the likeliest token of each may not."""
+
 LONG = 6
 """Think tokens from which on a thought is long enough to go round in circles."""
 
 SIGNS = dict(
-  empty_thoughts=Sign(empty_thoughts, lambda thought: thought.may_stop),
-  full_thoughts=Sign(full_thoughts, lambda thought: thought.may_stop),
-  repeated_tokens=Sign(repeated_tokens, lambda thought: thought.kind_of.stochastic),
-  repeated_pairs=Sign(repeated_pairs, lambda thought: thought.kind_of.stochastic and thought.length >= LONG),
-  distinct_thoughts=Sign(distinct_thoughts, lambda thought: thought.kind_of.stochastic and thought.samples > 1),
-  thought_scale=Sign(thought_scale, lambda thought: thought.kind in ("latent", "soft")),
-  successive_cosine=Sign(successive_cosine, lambda thought: thought.kind in ("latent", "soft")),
+  empty_thoughts=Sign(empty_thoughts, lambda thought: thought.may_end),
+  full_thoughts=Sign(full_thoughts, lambda thought: thought.may_end and not HALTING[thought.halting].once),
+  repeated_tokens=Sign(repeated_tokens, lambda thought: thought.kind in DRAWN),
+  repeated_pairs=Sign(repeated_pairs, lambda thought: thought.kind in DRAWN and thought.length >= LONG),
+  distinct_thoughts=Sign(distinct_thoughts, lambda thought: thought.kind in DRAWN and thought.samples > 1),
+  thought_scale=Sign(thought_scale, lambda thought: thought.kind in CONTINUOUS),
+  successive_cosine=Sign(successive_cosine, lambda thought: thought.kind in CONTINUOUS),
 )
 
 
@@ -269,9 +286,10 @@ def _balanced(bound, left, right, advice) -> Rule:
 
 
 def rules(
-  config: HealthConfig, vocabulary_size: int, half_precision: bool, policy: bool = True, samples: int = 1
+  config: HealthConfig, vocabulary_size: int, half_precision: bool, tokens: bool = True, samples: int = 1
 ) -> dict[str, Rule]:
-  """The rules that the thresholds switch on, by name; those about entropy for thoughts with a policy only.
+  """The rules that the thresholds switch on, by name; those about entropy where a policy draws tokens (noise of a
+  constant scale has a constant one).
 
   The failures are those that runs of others ended in: entropy collapse and explosion, thoughts that grow to the cap or
   vanish, drift from the reference, groups without a signal or of one thought, a sampler whose probabilities are not the
@@ -280,7 +298,7 @@ def rules(
   """
   c, entropy, lowest = config, "think_entropy", "think_entropy_lowest"
   mismatch = c.mismatch or (0.05 if half_precision else 1e-4)
-  uniform = 0.9 * math.log(vocabulary_size) if c.entropy_high else 0.0
+  uniform = c.entropy_uniform * math.log(vocabulary_size)
   around = (1 - c.ratio, 1 + c.ratio) if c.ratio else (None, None)
   distinct = c.distinct and (1 + c.distinct * (samples - 1)) / samples
   cure = "raise objective.entropy_weight, or lower the learning rate"
@@ -316,4 +334,4 @@ def rules(
     content=Rule(CONTENT, content, c.content or None, None, hollow),
   )
   bounded = {name: rule for name, rule in table.items() if (rule.low, rule.high) != (None, None)}
-  return {name: rule for name, rule in bounded.items() if policy or rule.reads[0] not in (entropy, lowest)}
+  return {name: rule for name, rule in bounded.items() if tokens or rule.reads[0] not in (entropy, lowest)}

@@ -88,6 +88,12 @@ class ObjectiveConfig:
       found.append(f"variate {self.variate!r} is read where control is above 0")
     if self.entropy_steps and not self.entropy_weight:
       found.append("entropy_steps is read where entropy_weight is above 0")
+    if not self.score_weight:
+      found += [
+        f"{name} {getattr(self, name)!r} is read by the score term, whose score_weight is 0"
+        for name in ("reward", "advantage")
+        if getattr(self, name) != getattr(ObjectiveConfig, name)
+      ]
     if self.exact and self.score_weight:
       found.append("exact has both terms of the gradient in the value that nll_weight weighs: set score_weight to 0")
     return found + (self._mismatches() if self.score_weight else []) + (self._control_faults() if self.control else [])
@@ -168,32 +174,34 @@ def objective(
     metrics["halt_kl"] = Mean.of(jax.lax.stop_gradient(exits.divergence(trace, config.halt_prior)), valid_BGN)
   if config.base_weight:
     loss -= config.base_weight * jnp.sum(trace.base_logp_BT * trace.weights_BT)
-  if config.entropy_weight:
-    loss -= config.entropy_at(step) * jnp.sum(trace.entropy_BGN.mean(axis=1) * trace.valid_BN)
+  keep_BN = trace.valid_BN
   if config.score_weight:
-    term, share_B, told = _score(config, trace, beside, extra)
+    term, keep_BN, told = _score(config, trace, beside, extra)
     loss += term
-    count_B *= share_B
     metrics |= told
+    if ADVANTAGES[config.advantage].keep:
+      # Rows are never split between devices or micro-batches, so that the counts of a global batch add up.
+      count_B *= keep_BN.sum(axis=1) / jnp.maximum(trace.valid_BN.sum(axis=1), 1)
+  if config.entropy_weight:
+    loss -= config.entropy_at(step) * jnp.sum(trace.entropy_BGN.mean(axis=1) * keep_BN)
   if config.kl_weight and beside.reference_logp_BGNJ is not None:
     delta_BGNJ = trace.token_logp_BGNJ - beside.reference_logp_BGNJ
-    kl_BGN = jnp.sum(ESTIMATORS[config.kl_estimator].of(delta_BGNJ) * trace.chosen_BGNJ, axis=-1)
-    loss += config.kl_weight * jnp.sum(kl_BGN.mean(axis=1))
-    metrics["kl"] = Mean.of(kl_BGN, trace.valid_BN[:, None])
+    kl_BGN = {name: jnp.sum(one.of(delta_BGNJ) * trace.chosen_BGNJ, axis=-1) for name, one in ESTIMATORS.items()}
+    loss += config.kl_weight * jnp.sum(kl_BGN[config.kl_estimator].mean(axis=1) * keep_BN)
+    told = {f"kl_{name}": Mean.of(jax.lax.stop_gradient(kl), trace.valid_BN[:, None]) for name, kl in kl_BGN.items()}
+    metrics |= told | dict(kl=told[f"kl_{config.kl_estimator}"])
   if beside.teacher_logp_BT is not None:
     metrics["nll_teacher"] = Mean.of(-beside.teacher_logp_BT, trace.weights_BT)
   return loss, metrics | dict(loss=Mean(loss, count_B.sum()))
 
 
 def _score(config, trace, beside, extra):
-  """(-score_weight sum over thoughts of A log pi(z) / G, share of each row's targets it is averaged over, metrics).
+  """(-score_weight sum over thoughts of A log pi(z) / G, keep_BN: the groups that the advantage keeps, metrics).
 
-  With a value head, also its squared error; with a surrogate head, the variance that it leaves.
-
-  The share is that of the row's groups which the advantage keeps: rows are never split between devices or
-  micro-batches, so that the counts of a global batch add up. Metrics: reward, its reward_std within a group, the share
-  of flat_groups (whose thoughts are all paid the same, see `varied`), advantage_abs; length_reward, the correlation of
-  think tokens and reward within a group, where both vary; with a value head value_explained,
+  With a value head, also its squared error; with a surrogate head, the variance that it leaves. Metrics: reward, its
+  reward_std within a group, the share of flat_groups (whose thoughts are all paid the same, see `varied`),
+  advantage_abs; length_reward, the correlation of think tokens and reward within a group, where both vary; with a value
+  head value_explained,
   1 - its squared error / that of the running mean of rewards (1 is perfect, 0 no better than that mean); with a
   surrogate head variance_left, the mean square of the score term's gradient at the logits / that without the head.
   """
@@ -205,10 +213,7 @@ def _score(config, trace, beside, extra):
     credit_BGN -= jax.lax.stop_gradient(control_BGN)
   against = () if member.baseline is None else (BASELINES[member.baseline].of(config, trace, beside, extra),)
   advantage_BGN = member.of(credit_BGN, *against)
-  keep_BN, share_B = trace.valid_BN, jnp.ones(B)
-  if member.keep:
-    keep_BN &= member.keep(reward_BGN)
-    share_B = keep_BN.sum(axis=1) / jnp.maximum(trace.valid_BN.sum(axis=1), 1)
+  keep_BN = trace.valid_BN & member.keep(reward_BGN) if member.keep else trace.valid_BN
   score_BGN, moved = _likelihood(config, trace, beside, advantage_BGN)
   loss = -config.score_weight * (jnp.sum((score_BGN + control_BGN) * keep_BN[:, None]) / G)
   valid_BGN = jnp.broadcast_to(trace.valid_BN[:, None], (B, G, N))
@@ -231,7 +236,7 @@ def _score(config, trace, beside, extra):
     plain_BGN = jnp.square(BASELINES["running_mean"].of(config, trace, beside, extra) - reward_BGN) * valid_BGN
     loss += config.value_weight * jnp.sum(error_BGN) / G
     told |= dict(value_explained=Mean(jnp.sum(plain_BGN - error_BGN), jnp.sum(plain_BGN)))
-  return loss, share_B, told | moved
+  return loss, keep_BN, told | moved
 
 
 def _correlation(a_BGN, b_BGN, valid_BN) -> Mean:
