@@ -146,24 +146,28 @@ def test_a_reference_equal_to_the_policy_has_no_divergence_and_no_pull():
   assert float(metrics["kl"]) == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("lookahead", leaving([0, 2], [2]))
-def test_a_teacher_pays_persistent_thoughts_by_what_it_predicts_without_them(lookahead):
-  built = build(**PAST | {"objective.kl_weight": 0.0, "thought.lookahead": lookahead})
-  params, teacher, rows = built.init(jax.random.key(0)), built.init(jax.random.key(5)), batch(built)
-  told = Carried(extra=dict(teacher=teacher))
+@pytest.mark.parametrize("decay,lookahead", leaving([(0.9, 0), (0.9, 2), (0.0, 2)], [(0.9, 2)]))
+def test_persistent_thoughts_are_paid_by_what_is_predicted_without_them(decay, lookahead):
+  """By a teacher, or without one by the same model."""
+  more = {"objective.kl_weight": 0.0, "objective.teacher_decay": decay, "thought.lookahead": lookahead}
+  built = build(**PAST | more)
+  params, rows = built.init(jax.random.key(0)), batch(built)
+  teacher = built.init(jax.random.key(5)) if decay else params
+  told = Carried(extra=dict(teacher=teacher) if decay else {})
   plain = build("none")
   logp_BT = np.asarray(jax.jit(plain.rollout)(teacher, rows, jax.random.key(0)).logp_BGT[:, 0], np.float64)
   beside = jax.jit(built.draw)(params, rows, jax.random.key(2), told)[2]
-  np.testing.assert_allclose(beside.teacher_logp_BT, logp_BT, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(beside.plain_logp_BT, logp_BT, rtol=1e-4, atol=1e-5)
   place = built.place(params, rows)
   inside_BNT = np.asarray(rest(rows, place, lookahead))
   for b, n in np.ndindex(*place.anchors_BN.shape):
     expected = sum(logp_BT[b, t] * rows.weights_BT[b, t] for t in np.flatnonzero(inside_BNT[b, n]))
-    np.testing.assert_allclose(beside.teacher_outcome_BN[b, n], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(beside.plain_outcome_BN[b, n], expected, rtol=1e-4, atol=1e-5)
   metrics = jax.jit(built.loss_fn)(params, rows, jax.random.key(2), told)[1]
   trace = jax.jit(built.rollout)(params, rows, jax.random.key(2))
-  gain_BGN = np.asarray(trace.outcome_BGN) - np.asarray(beside.teacher_outcome_BN)[:, None]
+  gain_BGN = np.asarray(trace.outcome_BGN) - np.asarray(beside.plain_outcome_BN)[:, None]
   assert float(metrics["reward"]) == pytest.approx(gain_BGN.mean(), rel=1e-4)
+  assert ("nll_teacher" in metrics, "nll_base" in metrics) == (decay > 0, decay == 0)
 
 
 def test_no_gradient_reaches_what_is_carried_nor_the_body_from_a_value():
@@ -188,7 +192,6 @@ RULES = [
   ({"objective.baseline_decay": 1.0}, "baseline_decay must be below 1"),
   ({"thought.kind": "latent", "thought.samples": 1, "objective.kl_weight": 0.1}, "objective.kl_weight needs thoughts"),
   ({"thought.kind": "noisy", "objective.advantage": "greedy"}, "'greedy' needs thought.kind 'sampled', got 'noisy'"),
-  ({"objective.reward": "info_gain"}, "objective.teacher_decay gives one"),
   ({"objective.bound": "M", "objective.advantage": "ema", "thought.lookahead": 0}, "'ema' does not credit bound 'M'"),
 ]
 

@@ -1,4 +1,4 @@
-"""The passes beside a rollout that an objective asks for: the teacher's, a greedy one, the reference's."""
+"""The passes beside a rollout that an objective asks for: one without thoughts, a greedy one, the reference's."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,8 +10,17 @@ import jax.numpy as jnp
 from thinking_lm.model.rollout import actions
 from thinking_lm.objectives.advantages import ADVANTAGES
 from thinking_lm.objectives.baselines import BASELINES, reward_of
+from thinking_lm.objectives.rewards import REWARDS
 from thinking_lm.thoughts.topology import rest
 from thinking_lm.types import Batch, Beside, Layout, Params, Thoughts
+
+
+def compares(goal, thought) -> bool:
+  """Whether a pass without thoughts stands beside, that the reward compares with: by a teacher, or by the same model
+  where thoughts stay in context and the rollout predicts nothing without them.
+  """
+  same = goal.score_weight and REWARDS[goal.reward].base and thought.length and thought.topology == "persistent"
+  return bool(goal.teacher_decay or same)
 
 
 def passes(
@@ -24,11 +33,11 @@ def passes(
   """
   goal, thought, beside = subject.config.objective, subject.config.thought, Beside()
   params, extra = jax.lax.stop_gradient((params, extra))
-  if "teacher" in extra:
-    plain = subject.rollout(extra["teacher"], batch, key, thought=dataclasses.replace(thought, length=0))
+  if compares(goal, thought):
+    plain = subject.rollout(extra.get("teacher", params), batch, key, thought=dataclasses.replace(thought, length=0))
     inside_BNT = rest(batch, layout, thought.lookahead)
     outcome_BN = jnp.sum(inside_BNT * (plain.logp_BGT * batch.weights_BT[:, None]), axis=-1)
-    beside = beside.replace(teacher_logp_BT=plain.logp_BGT[:, 0], teacher_outcome_BN=outcome_BN)
+    beside = beside.replace(plain_logp_BT=plain.logp_BGT[:, 0], plain_outcome_BN=outcome_BN)
   baseline = ADVANTAGES[goal.advantage].baseline
   if goal.score_weight and baseline and BASELINES[baseline].greedy:
     one = dataclasses.replace(thought, temperature=0.0, samples=1)

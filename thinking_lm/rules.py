@@ -217,8 +217,6 @@ def objective_faults(goal: ObjectiveConfig, thought: ThoughtConfig) -> list[str]
     absent = "needs thought.topology 'private': with 'persistent' there is no pass without thoughts"
     if goal.base_weight:
       found.append(f"objective.base_weight {absent}")
-    if goal.score_weight and REWARDS[goal.reward].base and not goal.teacher_decay:
-      found.append(f"objective.reward {goal.reward!r} {absent}; objective.teacher_decay gives one")
     if goal.bound != "J" and thought.length and thought.lookahead:
       found.append(
         f"objective.bound {goal.bound!r} is joint over all that thoughts change: persistent thoughts need "

@@ -288,12 +288,12 @@ class Beside:
 
   drawn_logp_BGNJ: Trace.token_logp_BGNJ under the parameters that drew the thoughts, where later ones score them.
   reference_logp_BGNJ: the same under the reference.
-  teacher_logp_BT, teacher_outcome_BN: log p(target) and the outcomes by the teacher, without any thought.
+  plain_logp_BT, plain_outcome_BN: log p(target) and the outcomes without thoughts, by a teacher or the same model.
   greedy_reward_BN: what the same model's greedy thoughts are paid.
   """
 
   drawn_logp_BGNJ: jax.Array | None = None
   reference_logp_BGNJ: jax.Array | None = None
-  teacher_logp_BT: jax.Array | None = None
-  teacher_outcome_BN: jax.Array | None = None
+  plain_logp_BT: jax.Array | None = None
+  plain_outcome_BN: jax.Array | None = None
   greedy_reward_BN: jax.Array | None = None

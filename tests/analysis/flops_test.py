@@ -164,6 +164,7 @@ PAUSE = {"thought.kind": "pause"}
 BESIDE = dict(
   need=(PAUSE, {"thought.placement": "entropy", "thought.room": 1}),
   teacher=(SCORED, {"objective.reward": "info_gain", "objective.teacher_decay": 0.9}),
+  compared=(SCORED | IN_CONTEXT, {"objective.reward": "info_gain"}),
   greedy=(SCORED | IN_CONTEXT, {"objective.advantage": "greedy"}),
   reference=(SCORED | IN_CONTEXT, {"objective.kl_weight": 0.1}),
 )
@@ -177,7 +178,7 @@ def plain(changes):
   return step(dict(changes))
 
 
-@pytest.mark.parametrize("name", leaving(BESIDE, ["greedy", "teacher"]))
+@pytest.mark.parametrize("name", leaving(BESIDE, ["compared", "greedy", "teacher"]))
 def test_passes_beside_within_two_percent(name):
   common, more = BESIDE[name]
   (got, ours), (before, without) = step(common | more), plain(tuple(common.items()))

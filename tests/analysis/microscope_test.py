@@ -13,10 +13,12 @@ from tests import quick
 from tests.evaluation import harness
 from tests.model.problem import relative
 from thinking_lm import experiment
+from thinking_lm import microscope as microscope_command
 from thinking_lm.analysis import estimators, microscope
 from thinking_lm.analysis.iterated import iterated
 from thinking_lm.analysis.microscope import Estimator
 from thinking_lm.analysis.microscope_report import table
+from thinking_lm.errors import ConfigError
 from thinking_lm.metrics import Mean
 from thinking_lm.objectives.advantages import ADVANTAGES
 from thinking_lm.thoughts.spec import ThoughtConfig
@@ -166,6 +168,12 @@ def test_the_gradient_of_parallel_iterations_is_held_against_the_serial_one():
   assert enough["against"]["all"]["gap"] < 1e-4 and enough["residual"] < 1e-5 and enough["flops"] > few["flops"] > 0
   found = dict(references={}, estimators={}, refused={}, iterated=few)
   assert "gradient g of 2 parallel iterations (through the last 2)" in table(found)
+
+
+def test_thoughts_that_are_not_drawn_are_no_estimate_of_drawn_ones():
+  subject, params, _ = harness.make(thought=dict(kind="latent", length=1, topology="private"))
+  with pytest.raises(ConfigError, match=r"own thoughts \(latent\) are not drawn"):
+    microscope_command._estimator(microscope_command.Subject(subject, params, 0, {}), None, 4)
 
 
 KEY = harness.KEY

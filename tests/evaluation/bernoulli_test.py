@@ -1,4 +1,4 @@
-"""Bernoulli contexts on the real model: configs/bernoulli.py at half its steps."""
+"""Bernoulli contexts on the real model: configs/bernoulli.py as it stands, one seed of each score."""
 
 import pathlib
 import runpy
@@ -18,9 +18,8 @@ CONFIG = pathlib.Path(__file__).resolve().parents[2] / "configs/bernoulli.py"
 def ece(path, scoring: str) -> float:
   """Of the report of a run that a scoring rule paid, on the test split."""
   values = runpy.run_path(str(CONFIG))["get_config"]()
-  values.data.task.eval_examples = 512
-  values.train.update(steps=300, tensorboard=False)
-  values.objective.update(scoring=scoring, entropy_steps=250)
+  values.train.tensorboard = False
+  values.objective.scoring = scoring
   built = experiment.build(experiment.parse(values))
   params = jax.device_get(loop.train(built.run(), str(path)).params)
   found = evaluate(built, params, "test", key=KEY, batch_size=64, controls=(), samples=())
@@ -30,4 +29,4 @@ def ece(path, scoring: str) -> float:
 @pytest.mark.slow
 def test_reports_become_true_under_a_proper_score_and_not_under_an_accuracy(tmp_path):
   proper, accuracy = ece(tmp_path / "proper", "brier"), ece(tmp_path / "accuracy", "zero_one")
-  assert proper < 0.06 and proper < accuracy / 2, (proper, accuracy)
+  assert proper < 0.03 and accuracy > 0.1, (proper, accuracy)

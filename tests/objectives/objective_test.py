@@ -207,7 +207,6 @@ def test_what_means_nothing_is_refused(options, message):
 SAMPLED = {"thought.kind": "sampled", "thought.length": 1, "thought.samples": 2}
 THOUGHT_FAULTS = [
   (SAMPLED | {"objective.bound": "M"}, "thought.lookahead 0 .the rest of the document., got 1"),
-  (SAMPLED | {"objective.reward": "info_gain", "objective.score_weight": 1.0}, "reward 'info_gain' needs thought.topo"),
   ({"objective.entropy_weight": 0.1}, "objective.entropy_weight needs thoughts with a log-probability"),
   (SAMPLED | {"objective.entropy_weight": 0.1, "thought.temperature": 0.0}, "entropy_weight needs thought.temperature"),
   (SAMPLED | {"objective.score_weight": 1.0, "thought.samples": 1}, "samples of at least 2, got 1"),

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from thinking_lm.analysis.flops import Ledger, causal_keys, head_flops, layer_flops, ledger, replays
+from thinking_lm.beside import compares
 from thinking_lm.model.decoder import ModelConfig
 from thinking_lm.model.enumeration import CHUNK
 from thinking_lm.objectives.advantages import ADVANTAGES
@@ -65,7 +66,7 @@ def _beside(config, vocabulary_size: int, T: int, row: Ledger) -> Iterator[float
   forward = lambda thought, **more: ledger(
     model, vocabulary_size, thought, T, aligned=config.data.aligned, gradient=False, **more
   )
-  if goal.teacher_decay:
+  if compares(goal, thought):
     yield _plain(config, vocabulary_size, T)
   baseline = ADVANTAGES[goal.advantage].baseline if goal.score_weight else None
   if baseline and BASELINES[baseline].greedy:

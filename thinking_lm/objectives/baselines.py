@@ -16,10 +16,10 @@ from thinking_lm.objectives.rewards import paid
 
 
 def reward_of(config, trace, beside):
-  """reward_BGN of a trace as the config pays it: by its bound, by the teacher if there is one, less what it costs."""
+  """reward_BGN of a trace as the config pays it: by its bound, against a pass beside it if any, less what it costs."""
   credited = exits.settled(BOUNDS[config.bound].credit(jax.lax.stop_gradient(trace)))
-  if beside.teacher_outcome_BN is not None:
-    credited = credited.replace(base_outcome_BN=beside.teacher_outcome_BN)
+  if beside.plain_outcome_BN is not None:
+    credited = credited.replace(base_outcome_BN=beside.plain_outcome_BN)
   reward_BGN = paid(config, credited)
   if config.halt_weight:
     reward_BGN -= config.halt_weight * exits.divergence(credited, config.halt_prior)

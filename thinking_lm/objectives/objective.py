@@ -190,8 +190,8 @@ def objective(
     loss += config.kl_weight * jnp.sum(kl_BGN[config.kl_estimator].mean(axis=1) * keep_BN)
     told = {f"kl_{name}": Mean.of(jax.lax.stop_gradient(kl), trace.valid_BN[:, None]) for name, kl in kl_BGN.items()}
     metrics |= told | dict(kl=told[f"kl_{config.kl_estimator}"])
-  if beside.teacher_logp_BT is not None:
-    metrics["nll_teacher"] = Mean.of(-beside.teacher_logp_BT, trace.weights_BT)
+  if beside.plain_logp_BT is not None:
+    metrics["nll_teacher" if config.teacher_decay else "nll_base"] = Mean.of(-beside.plain_logp_BT, trace.weights_BT)
   return loss, metrics | dict(loss=Mean(loss, count_B.sum()))
 
 

@@ -87,7 +87,7 @@ def _stripped(codes_XP):
 class Reward(NamedTuple):
   """A member of the table.
 
-  of: Trace -> reward_BGN. base: it needs the pass without thoughts (topology private). smooth: it is a differentiable
+  of: Trace -> reward_BGN. base: it compares with a pass without thoughts. smooth: it is a differentiable
   function of the outcome, so that a relaxed thought has one too. report: it needs thoughts that report. answer: it
   needs thoughts that answer. task: and a task, whose answers can be right.
   """
