@@ -44,7 +44,7 @@ ANSWERS = dict(
   modular_arithmetic=lambda prompt, modulus: str(arithmetic(prompt) % modulus),
   last_letter=lambda prompt, modulus: "".join(word[-1] for word in prompt.rstrip("=").split(" ")),
   variable_tracking=lambda prompt, modulus: str(tracked(prompt, modulus)),
-  parity=lambda prompt, modulus: str((prompt.count("+") + prompt.count("-")) % 2),
+  parity=lambda prompt, modulus: str(prompt.count("+") % 2),
 )
 TEXT_CASES = list(itertools.product(ANSWERS, [1, 2, 9], [2, 10, 1000]))
 

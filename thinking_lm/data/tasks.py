@@ -251,9 +251,10 @@ def _write_tracking(options: "TaskConfig", random: np.random.Generator, length: 
 
 
 def parity(options: "TaskConfig") -> Task:
-  """Whether the number of nonzero signs is odd (PonderNet, arXiv:2107.05407): prompt `+0-0=`, answer `0`.
+  """Whether the number of ones is odd (PonderNet, arXiv:2107.05407): prompt `+0-+=`, answer `0`.
 
-  As there, one to `length` elements are + or - and the others 0; how many is the difficulty of an example, uniform.
+  As there, one to `length` elements are 1 or -1, written + and -, and the others 0; how many is the difficulty of an
+  example, uniform.
   """
   task = _text_task(options, _write_parity, lambda length: 3 + length)
   return dataclasses.replace(task, difficulty=lambda example: len(example.prompt.translate(None, b"0=")))
@@ -264,7 +265,8 @@ def _write_parity(options: "TaskConfig", random: np.random.Generator, length: in
   count = int(random.integers(1, length + 1))
   signs = random.integers(2, size=length)
   nonzero = random.permutation(length) < count
-  return "".join(np.where(nonzero, np.array(["+", "-"])[signs], "0")).encode() + b"=", str(count % 2).encode()
+  elements = "".join(np.where(nonzero, np.array(["+", "-"])[signs], "0"))
+  return elements.encode() + b"=", str(elements.count("+") % 2).encode()
 
 
 TASKS = dict(
