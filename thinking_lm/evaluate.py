@@ -23,9 +23,9 @@ Calibration, of the first line's thoughts: how likely the most likely token is h
 as the softmax says it and, where thoughts report a distribution, as the report says it, on the same targets; ECE, Brier
 score and its pieces; how far what is said is from what is done; and a reliability diagram beside the JSON file.
 
-Of a task whose examples differ in difficulty (parity), think tokens used and accuracy by it, and the rank correlation
-of think tokens with it. The residual of parallel iterations is printed here, their gradient's gap by
-`thinking_lm.microscope`.
+Of thoughts that may end early, on a task whose examples or labels differ in difficulty (parity, word_problem): think
+tokens used and accuracy by it, and the rank correlation of think tokens with it. The residual of parallel iterations is
+printed here, their gradient's gap by `thinking_lm.microscope`.
 
 Exit codes: 0 done, 64 wrong command line, 65 damaged data or checkpoints, 73 the result cannot be written, 78 wrong
 config.

@@ -49,7 +49,8 @@ class Task:
   score: (expected answer, given answer), both bytes -> [0, 1].
   longest: length -> most tokens that an example of it takes.
   tagging: targets are labels and not next tokens, so that there is nothing to continue.
-  difficulty: Example -> how hard it is, where that differs between examples of a length; None elsewhere.
+  difficulty: Example -> how hard it is, one number or, of a tagging task, one for each label, where examples of a
+    length or their labels differ in it; None elsewhere.
   """
 
   options: "TaskConfig"
@@ -58,7 +59,7 @@ class Task:
   verify: Callable[[bytes, bytes], float]
   longest: Callable[[int], int]
   tagging: bool
-  difficulty: Callable[[Example], int] | None = None
+  difficulty: Callable[[Example], int | Sequence[int]] | None = None
 
   def length(self, split: str) -> int:
     """Elements of an example of this split."""
@@ -134,12 +135,21 @@ def _even(permutation: Sequence[int]) -> bool:
 def word_problem(options: "TaskConfig") -> Task:
   """Running product: tokens are `length` group elements, uniform; the label at t is x_1 x_2 ... x_t.
 
-  The identity problem of Barrington (1989): for S5 the label needs depth (NC1-complete), for Z_n and S3 less.
+  The identity problem of Barrington (1989): for S5 the label needs depth (NC1-complete), for Z_n and S3 less. Of Z2 it
+  is the parity of every prefix. The difficulty of a label is the number of elements in its product.
   """
   names, _ = parse_group(options.group)
   tokenizer = SymbolTokenizer(names)
   draw = functools.partial(_draw_word_problem, options.group, tokenizer)
-  return Task(options, tokenizer, draw, label_accuracy, int, tagging=options.name in TAGGING)
+  return Task(
+    options,
+    tokenizer,
+    draw,
+    label_accuracy,
+    int,
+    tagging=options.name in TAGGING,
+    difficulty=lambda example: range(1, len(example.tokens) + 1),
+  )
 
 
 def _draw_word_problem(group: str, tokenizer: SymbolTokenizer, random: np.random.Generator, length: int) -> Example:

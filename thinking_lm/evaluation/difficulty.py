@@ -1,7 +1,8 @@
-"""Does a model think longer about what is harder? Think tokens used and right answers by the difficulty of an example.
+"""Does a model think longer about what is harder? Think tokens used and right answers by difficulty.
 
-Difficulty is the task's own number (`data.tasks.Task.difficulty`). The correlation is Spearman's (1904), of ranks with
-ties at their mean; its interval is that of resampled rows. None where all rows are equally hard or use equally much.
+Difficulty is the task's own number (`data.tasks.Task.difficulty`), of an example with one answer or of each label of a
+row. The correlation is Spearman's (1904), of ranks with ties at their mean; its interval is that of resampled rows.
+None where everything is equally hard or uses equally much.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,11 +16,11 @@ RESAMPLES = 400
 
 
 class Difficulty(NamedTuple):
-  """By row, float64: how hard it is, think tokens that it used, and 1 where every answer is right."""
+  """By row and answer of it, float64: how hard it is (NaN: there is none), think tokens that it used, 1 where right."""
 
-  level_R: np.ndarray
-  used_R: np.ndarray
-  right_R: np.ndarray
+  level_RU: np.ndarray
+  used_RU: np.ndarray
+  right_RU: np.ndarray
 
 
 def ranks(values_R) -> np.ndarray:
@@ -36,19 +37,24 @@ def spearman(a_R, b_R) -> float | None:
 
 
 def summarise(found: Difficulty, of: Callable = spearman) -> Mapping[str, Any]:
-  """JSON values: the correlation as [value, low, high], and by level rows, think tokens a row, and accuracy."""
-  value, rows = of(found.used_R, found.level_R), len(found.level_R)
+  """JSON values: the correlation as [value, low, high], and by level answers, think tokens for each, and accuracy."""
+  there_RU = ~np.isnan(found.level_RU)
+
+  def correlation(rows):
+    inside = there_RU[rows]
+    return of(found.used_RU[rows][inside], found.level_RU[rows][inside])
+
+  rows = len(there_RU)
+  value = correlation(slice(None))
   interval = [value, None, None]
   if value is not None:
-    picks = np.random.default_rng(0).integers(rows, size=(RESAMPLES, rows))
-    again = [of(found.used_R[pick], found.level_R[pick]) for pick in picks]
+    again = [correlation(pick) for pick in np.random.default_rng(0).integers(rows, size=(RESAMPLES, rows))]
     ends = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
     interval[1:] = map(float, np.quantile([0.0 if one is None else one for one in again], ends))
   levels = []
-  for level in np.unique(found.level_R):
-    here_R = found.level_R == level
-    accuracy = wilson(float(found.right_R[here_R].mean()), int(here_R.sum()))
-    levels.append(
-      dict(level=float(level), rows=int(here_R.sum()), used=float(found.used_R[here_R].mean()), accuracy=list(accuracy))
-    )
+  for level in np.unique(found.level_RU[there_RU]):
+    here_RU = found.level_RU == level
+    count, used = int(here_RU.sum()), float(found.used_RU[here_RU].mean())
+    accuracy = wilson(float(found.right_RU[here_RU].mean()), count)
+    levels.append(dict(level=float(level), answers=count, used=used, accuracy=list(accuracy)))
   return dict(correlation=interval, levels=levels)

@@ -19,6 +19,7 @@ from thinking_lm.evaluation.calibration import Calibration, calibrate, joined
 from thinking_lm.evaluation.controls import CONTROLS, NONE, Source, counted, latest
 from thinking_lm.evaluation.difficulty import Difficulty
 from thinking_lm.evaluation.draws import Draws, Mixer
+from thinking_lm.thoughts.topology import scatter
 from thinking_lm.types import Batch, Layout, Params, Report, Thoughts, Trace, Vocabulary
 
 Answer = Callable[[Sequence[tasks.Example]], Sequence[bytes | Sequence[int]]]
@@ -147,15 +148,17 @@ class Runner:
     return before, np.zeros(trace.valid_BN.shape[1], bool)
 
   def _think(self, params, batch, key, before, before_N):
-    """(Source, what the next batch has before it, think tokens used in each row, thoughts that had no room, sum of
-    residuals).
+    """(Source, what the next batch has before it, think tokens used after each real token, thoughts that had no room,
+    sum of residuals).
     """
-    trace = self.subject.rollout(params, batch, jax.random.fold_in(key, 0), thought=self.thought)
+    layout = self.subject.place(params, batch, self.thought)
+    trace = self.subject.rollout(params, batch, jax.random.fold_in(key, 0), thought=self.thought, layout=layout)
     decoder = self.subject.model.bind(params)
     source = Source(trace.thoughts, trace.valid_BN, decoder.embed_row(decoder.pause), before, before_N)
     dropped = 0 if trace.dropped_B is None else trace.dropped_B.sum()
     residual = 0 if trace.residual_BGN is None else (trace.residual_BGN[:, 0] * trace.valid_BN).sum()
-    return source, latest(source), trace.used_BGN.sum(axis=(1, 2)), dropped, residual
+    used_BT = scatter(batch.tokens_BT.shape, 0, layout.anchors_BN, trace.used_BGN[:, 0])
+    return source, latest(source), used_BT, dropped, residual
 
   def _turn(self, control):
     def turn(params, batch, source):
@@ -226,6 +229,7 @@ class Collector:
     self._calibration: list[Calibration] = []
     self._before = None
     self._used: list[np.ndarray] = []
+    self._right: list[np.ndarray] = []
     self._anchors = self._real = self._dropped = 0
     self._residual = 0.0
     self._seconds: dict[str, list[float]] = {}
@@ -257,6 +261,7 @@ class Collector:
       reference = reference or found
       rest = (host, self._data.vocabulary, counted_BT, asked_BT)
       self._arms[name].append(_arm(rest, found, reference, changed))
+    self._right.append(np.where(asked_BT, reference.hit_BT, np.nan)[self._real_B[-1]])
     self._calibration.append(calibrate(reference.top_logp_BT, reference.hit_BT, asked_BT, reference.report))
     if self._mixer.samples:
       drawn = self._timed("draws", self._mixer, params, batch, key, host.weights_BT)
@@ -297,7 +302,7 @@ class Collector:
       generated=generated,
       anchors=self._anchors,
       real_tokens=self._real,
-      think_tokens=int(sum(used_B.sum() for used_B in self._used)),
+      think_tokens=int(sum(used_BT.sum() for used_BT in self._used)),
       dropped=self._dropped,
       difficulty=self._difficulty(arms),
       residual=self._residual / max(self._anchors, 1) if self._runner.thought.iterations else None,
@@ -305,13 +310,18 @@ class Collector:
     )
 
   def _difficulty(self, arms) -> Difficulty | None:
-    """Of a task that knows how hard its examples are, where there are thoughts."""
+    """Of a task that knows how hard its examples are, or their labels, where thoughts can differ in length."""
     task = self._data.task
-    if task is None or task.difficulty is None or not self._used:
+    if task is None or task.difficulty is None or not self._used or not self._runner.thought.may_end:
       return None
-    right_R = arms[self._controls[0]].sums.whole_R
-    levels = [task.difficulty(example) for example in self._data.examples(self._split, len(right_R))]
-    return Difficulty(np.array(levels, np.float64), np.concatenate(self._used).astype(np.float64), right_R)
+    used_RT, whole_R = np.concatenate(self._used).astype(np.float64), arms[self._controls[0]].sums.whole_R
+    levels = [task.difficulty(example) for example in self._data.examples(self._split, len(whole_R))]
+    if not task.tagging:
+      return Difficulty(np.array(levels, np.float64)[:, None], used_RT.sum(axis=1, keepdims=True), whole_R[:, None])
+    right_RT = np.concatenate(self._right).astype(np.float64)
+    level_RT = np.full(right_RT.shape, np.nan)
+    level_RT[~np.isnan(right_RT)] = np.concatenate(levels)
+    return Difficulty(level_RT, used_RT, right_RT)
 
 
 def _arm(rest, scored, reference, changed) -> Arm:

@@ -154,9 +154,9 @@ def table(summary: Mapping[str, Any], positions: bool = False) -> str:
 
 def _difficulty(values: Mapping[str, Any]) -> str:
   """How hard, how long, how well."""
-  rows = [("difficulty", "rows", "think tokens", "accuracy")]
+  rows = [("difficulty", "answers", "think tokens", "accuracy")]
   for one in values["levels"]:
-    rows.append((f"{one['level']:g}", str(one["rows"]), f"{one['used']:.2f}", text(one["accuracy"])))
+    rows.append((f"{one['level']:g}", str(one["answers"]), f"{one['used']:.2f}", text(one["accuracy"])))
   value = values["correlation"]
   said = "none: one of them is the same for all rows" if value[0] is None else text(value)
   return f"{aligned(rows)}\nrank correlation of think tokens with difficulty: {said}"
