@@ -1,4 +1,4 @@
-"""Parity of every prefix of up to eight bits: a thought before each answer that a head ends (PonderNet, arXiv:2107.05407).
+"""Parity of every prefix of eight bits: a thought before each answer that a head ends (PonderNet, arXiv:2107.05407).
 
 Purpose: steps used against difficulty (the number of bits), and accuracy against think tokens as the price rises.
 Command: python -m thinking_lm.frontier --config=configs/parity.py --root=runs/parity --seeds=5 objective.price=0 \
