@@ -5,7 +5,10 @@ Purpose: does it matter where eight latent thoughts stand? Recipes: none; every 
 without thoughts is); router (a head decides at each element, private thoughts, since only those are routed).
 Command: python -m thinking_lm.frontier --config=configs/placement.py --root=runs/placement --seeds=3 none every \
   stride entropy 'proxy,thought.proxy=runs/placement/none-{seed}' router
-(none comes first: it is the proxy; --config.thought.need_above is what `thinking_lm.calibrate` says of it.)
+(none comes first: it is the proxy; --config.thought.need_above is what `thinking_lm.calibrate` says of it.) Beside the
+router, whose thoughts are private, belong the others with thought.topology=private, and itself at half of the
+elements: python -m thinking_lm.calibrate --workdir=runs/placement/router-0 prints the VALUE for
+python -m thinking_lm.evaluate --workdir=runs/placement/router-0 --split=test --thought=stop_at=VALUE
 Measured: see "Where to think" in BUILD_NOTES.md.
 """
 
@@ -19,7 +22,13 @@ PLACEMENTS = dict(
   every={"thought.placement": "every"},
   stride={"thought.placement": "stride", "thought.stride": 2},
   entropy={"thought.placement": "entropy", "thought.need_above": ABOVE, "thought.room": LENGTH // 2},
-  router={"thought.placement": "every", "thought.topology": "private", "thought.halting": "router"},
+  router={
+    "thought.placement": "every",
+    "thought.topology": "private",
+    "thought.halting": "router",
+    "objective.halt_weight": 0.03,  # chosen on the validation split of seed 10, from 0.01 to 1
+    "objective.halt_prior": 0.5,
+  },
 )
 PLACEMENTS["proxy"] = PLACEMENTS["entropy"]
 
