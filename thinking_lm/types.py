@@ -234,7 +234,7 @@ class Trace:
   exit_logp_BGNK, exit_outcome_BGNK, exit_length_K: where a head decides when a thought ends: log-probability of each of
     the K exits, the outcome there, and its think tokens; None otherwise. logp_BGT, hit_BGT and used_BGN are then those
     of the one exit that decoding takes, policy_logp_BGN is that of all n think tokens.
-  mix_BGN: weight in [0, 1] of the prediction after the thought, at its anchor; None where nothing is mixed.
+  mix_BGN: weight of the prediction after the thought, at its anchor; None where nothing is mixed.
   top_logp_BGT: log-probability of the most likely real token at each target.
   answer: what they answer, for thoughts that do, once somebody who knows the vocabulary has spelled it; else None.
   report: what the thoughts report, for thoughts that do; else None. score_BGN: how good that was, once it is

@@ -4,8 +4,8 @@ From the paper: private thoughts between START and STOP rows, 4 look-ahead token
 probability against the mean of the samples, clamped at 0, NLL through the mixture. n counts sampled tokens only:
 their 12 ahead with the delimiters and the token itself are 9 here.
 Departs: the mixture is one of probabilities and its weight is bounded by a sigmoid, so that a bad thought costs at most
--log(1 - weight) nats; theirs is one of logits, and nothing bounds its weight (--config.thought.mixing=logit is theirs,
-bounded). A small decoder from scratch and not Mistral 7B, two samples, every fourth anchor (their every token costs 19
+-log(1 - weight) nats; theirs is one of logits, and nothing bounds its weight (--config.thought.mixing=logit is theirs).
+A small decoder from scratch and not Mistral 7B, two samples, every fourth anchor (their every token costs 19
 passes here), START and STOP are learned from scratch and get no larger learning rate; the score
 term weighs 1, where their code multiplies it by a million.
 Command: python -m thinking_lm.train --config=configs/recipes/quiet_star.py --workdir=runs/quiet_star

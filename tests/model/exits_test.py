@@ -124,8 +124,8 @@ def test_a_high_price_ends_all_thoughts_and_leaves_the_plain_decoder():
   assert float(told["halt_length"]) < 0.1
 
 
-@pytest.mark.parametrize("mixing", ["probability", "logit"])
-def test_the_mixture_lies_between_its_parts_and_is_theirs_at_either_end(mixing):
+@pytest.mark.parametrize("mixing,ends", [("probability", (-40.0, 0.0, 40.0)), ("logit", (0.0, 0.5, 1.0))])
+def test_the_mixture_lies_between_its_parts_and_is_theirs_at_either_end(mixing, ends):
   thought = dataclasses.replace(FIXED, mixing=mixing)
 
   def told(bias):
@@ -134,9 +134,9 @@ def test_the_mixture_lies_between_its_parts_and_is_theirs_at_either_end(mixing):
     return run(thought, PARAMS | dict(heads=heads))
 
   after, without = of_length(n)[:, ANCHORS], of_length(0)[:, ANCHORS]
-  np.testing.assert_allclose(told(40.0).logp_BGT[:, 0, ANCHORS], after, rtol=1e-4, atol=1e-5)
-  np.testing.assert_allclose(told(-40.0).logp_BGT[:, 0, ANCHORS], without, rtol=1e-4, atol=1e-5)
-  half = told(0.0)
+  base, half, whole = map(told, ends)
+  np.testing.assert_allclose(whole.logp_BGT[:, 0, ANCHORS], after, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(base.logp_BGT[:, 0, ANCHORS], without, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(half.mix_BGN, 0.5)
   if mixing == "probability":
     np.testing.assert_allclose(
@@ -144,3 +144,7 @@ def test_the_mixture_lies_between_its_parts_and_is_theirs_at_either_end(mixing):
     )
   metrics = objective(ObjectiveConfig(), half)[1]
   assert float(metrics["mix_weight"]) == 0.5 and float(metrics["mix_weight_2of5"]) == 1.0
+  if mixing == "logit":  # nothing bounds it: a thought can be trusted more than wholly
+    beyond = told(2.0)
+    assert float(objective(ObjectiveConfig(), beyond)[1]["mix_weight_4of5"]) == 1.0
+    assert (beyond.logp_BGT[:, 0, ANCHORS] < np.minimum(after, without) - 1e-3).any()

@@ -17,14 +17,14 @@ EXPECTED = dict(
 
 @pytest.mark.parametrize("name", [name for name, mix in MIXING.items() if mix])
 def test_by_its_formula(name):
-  got = MIXING[name](*(np.float32(a) for a in (WEIGHT, THINK, BASE)))
+  got = MIXING[name].of(*(np.float32(a) for a in (WEIGHT, THINK, BASE)))
   np.testing.assert_allclose(np.exp(got), EXPECTED[name], rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name, mix in MIXING.items() if mix])
 def test_masked_rows_keep_finite_gradients(name):
   masked = np.where(np.arange(5) == 4, -1e30, BASE).astype(np.float32)
-  found = jax.grad(lambda w, t: MIXING[name](w, t, masked)[:, 0].sum(), (0, 1))(
+  found = jax.grad(lambda w, t: MIXING[name].of(w, t, masked)[:, 0].sum(), (0, 1))(
     np.float32(WEIGHT), np.where(np.arange(5) == 4, -1e30, THINK).astype(np.float32)
   )
   assert all(np.isfinite(leaf).all() for leaf in found)

@@ -20,9 +20,9 @@ CHUNK = 2**26
 """Logits that a device holds at once."""
 
 
-def weight(decoder, base_XD, hidden_XD):
-  """weight_X in [0, 1] of the prediction after a thought, of the hidden states without it and with it."""
-  return jax.nn.sigmoid(decoder.heads["mix"](base_XD, hidden_XD))
+def weight(decoder, config, base_XD, hidden_XD):
+  """weight_X of the prediction after a thought, of the hidden states without it and with it."""
+  return MIXING[config.mixing].weight(decoder.heads["mix"](base_XD, hidden_XD))
 
 
 def predict(decoder, config, base_XD, hidden_XD):
@@ -30,7 +30,7 @@ def predict(decoder, config, base_XD, hidden_XD):
   mix = MIXING[config.mixing]
   if mix is None:
     return decoder.logits(hidden_XD)
-  return mix(weight(decoder, base_XD, hidden_XD), decoder.logits(hidden_XD), decoder.logits(base_XD))
+  return mix.of(weight(decoder, config, base_XD, hidden_XD), decoder.logits(hidden_XD), decoder.logits(base_XD))
 
 
 def mixed_logp(decoder, config, base_BXD, hidden_BXD, targets_BX):

@@ -293,7 +293,7 @@ def _side_by_side(decoder, config, anchor_BPD, ahead_BPAD, positions_BPX, keys_B
 
 def _learned(decoder, config, anchor_BPD, hidden_BPJD, readout_BPMD, targets_BPM, weights_BPM) -> dict:
   """What heads say of P private thoughts, as in Trace: their value, how they are mixed, and their exits."""
-  mixed = {} if config.mixing == "none" else dict(mix_BGN=weight(decoder, anchor_BPD, readout_BPMD[:, :, 0]))
+  mixed = {} if config.mixing == "none" else dict(mix_BGN=weight(decoder, config, anchor_BPD, readout_BPMD[:, :, 0]))
   mixed |= dict(value_BGN=_value(decoder, anchor_BPD))
   if not config.learns_end:
     return mixed

@@ -274,7 +274,7 @@ def describe(trace: Trace) -> dict[str, Mean]:
   same targets without thoughts, where known. think_length, think_entropy: per thought. thoughts: per row, and
   thoughts_dropped those that found no room in it (there only if a row can have more thoughts than thought.room).
   mix_weight: of the prediction after a thought; mix_weight_0of5 ... 4of5: its histogram, the share in each fifth of
-  [0, 1].
+  [0, 1], the outer ones with what is beyond (mixing logit).
   effective_samples: of a group, 1 / sum_g w_g^2 with w = softmax_g log p(y | x, z_g), the weights of bound M.
   brier_report: the Brier score of what thoughts report, where they do. answer_match: of sampled answers, those that
   begin what came, see `rewards.prefix_match`.
@@ -305,7 +305,7 @@ def describe(trace: Trace) -> dict[str, Mean]:
   if trace.mix_BGN is not None:
     found["mix_weight"] = Mean.of(trace.mix_BGN, valid_BGN)
     for low in range(MIX_BINS):
-      inside_BGN = jnp.minimum(jnp.floor(trace.mix_BGN * MIX_BINS), MIX_BINS - 1) == low
+      inside_BGN = jnp.clip(jnp.floor(trace.mix_BGN * MIX_BINS), 0, MIX_BINS - 1) == low
       found[f"mix_weight_{low}of{MIX_BINS}"] = Mean.of(inside_BGN, valid_BGN)
   if trace.residual_BGN is not None:
     found["residual"] = Mean.of(trace.residual_BGN, valid_BGN)

@@ -55,8 +55,8 @@ class ThoughtConfig:
   )
   mixing: str = option(
     "none",
-    "private: how the predictions with a thought and without are mixed, by a learned weight in [0, 1]: probability, or "
-    "logit for the original one",
+    "private: how the predictions with a thought and without are mixed, by a learned weight: probability (a weight in "
+    "[0, 1]), or logit, the original one that nothing bounds",
     choices=MIXING,
   )
   report: int = option(
