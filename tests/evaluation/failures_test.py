@@ -162,6 +162,13 @@ def test_a_thought_of_pauses_is_what_it_would_be_without_content():
   assert world().row(told, told)["effect_pause"] == pytest.approx(0, abs=1e-4)
 
 
+def test_a_policy_whose_thoughts_are_not_read_has_a_gradient_of_noise():
+  silent = turned(sound(), deaf)
+  rule = rules(HealthConfig(snr=0.1), 7, False)["snr"]
+  broken = lambda row: rule.broken(rule.measure(dict(score_grad_snr=History(0.0, (row["score_grad_snr"],)))))
+  assert broken(world().row(silent, silent)) and not broken(sound_row())
+
+
 @pytest.mark.parametrize("changes,expected", [([], 6), (POLICIES["silent"][0], 0)], ids=["sound", "silent"])
 def test_ninety_five_percent_of_thoughts_are_no_longer(changes, expected):
   params = turned(sound(), *changes)
