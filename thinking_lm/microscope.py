@@ -94,13 +94,9 @@ def _estimator(subject: Subject, changes, samples: int):
   from thinking_lm.objectives import carry
   from thinking_lm.types import Carried
 
-  run, thought = subject.run, subject.run.config.thought
-  if changes is None and not thought.kind_of.stochastic:
-    raise ConfigError(
-      f"the run's own thoughts ({thought.kind}) are not drawn: their gradient has no noise, and is none of these"
-    )
+  run = subject.run
   values = config_lib.to_config_dict(run.config)
-  values.update_from_flattened_dict(estimators.settings(changes, thought, samples))
+  values.update_from_flattened_dict(estimators.settings(changes, run.config.thought, samples))
   config = experiment.parse(values)
   faults = rules.size_faults(config.objective, config.thought, run.data)
   faults += rules.head_faults(config.thought, config.objective, config.data, run.model)

@@ -13,7 +13,6 @@ from tests import quick
 from tests.evaluation import harness
 from tests.model.problem import relative
 from thinking_lm import experiment
-from thinking_lm import microscope as microscope_command
 from thinking_lm.analysis import estimators, microscope
 from thinking_lm.analysis.iterated import iterated
 from thinking_lm.analysis.microscope import Estimator
@@ -107,7 +106,7 @@ def test_parts_are_told_by_the_names_of_parameters():
 
 
 def test_an_estimator_changes_the_gradient_and_not_the_thought():
-  thought = ThoughtConfig(kind="latent", length=3, placement="stride", stride=4, lookahead=1)
+  thought = ThoughtConfig(kind="noisy", length=3, placement="stride", stride=4, lookahead=1)
   for name, changes in estimators.ESTIMATORS.items():
     found = estimators.settings(changes, thought, 4)
     assert not {"thought.length", "thought.placement", "thought.stride", "thought.topology"} & set(found), name
@@ -171,9 +170,8 @@ def test_the_gradient_of_parallel_iterations_is_held_against_the_serial_one():
 
 
 def test_thoughts_that_are_not_drawn_are_no_estimate_of_drawn_ones():
-  subject, params, _ = harness.make(thought=dict(kind="latent", length=1, topology="private"))
   with pytest.raises(ConfigError, match=r"own thoughts \(latent\) are not drawn"):
-    microscope_command._estimator(microscope_command.Subject(subject, params, 0, {}), None, 4)
+    estimators.settings(estimators.ESTIMATORS["own"], ThoughtConfig(kind="latent", length=1), 4)
 
 
 KEY = harness.KEY

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from thinking_lm.errors import ConfigError
 from thinking_lm.objectives.baselines import BASELINES
 from thinking_lm.objectives.objective import ObjectiveConfig
 from thinking_lm.objectives.variates import VARIATES
@@ -70,9 +71,15 @@ def settings(changes: dict[str, Any] | None, thought, samples: int) -> dict[str,
   Rows are drawn and looked at once, however many updates the run makes on them.
   Persistent thoughts are paid by the rest of their document, whatever look-ahead they were trained with: with a shorter
   one no estimator is one of J.
+
+  Raises ConfigError: the run's own thoughts are asked for, and they are not drawn.
   """
   once = {"train.updates": 1}
   if changes is None:
+    if not thought.kind_of.stochastic:
+      raise ConfigError(
+        f"the run's own thoughts ({thought.kind}) are not drawn: their gradient has no noise, and is none of these"
+      )
     return once
   found = once | {f"objective.{field.name}": field.default for field in dataclasses.fields(ObjectiveConfig)}
   found |= {
