@@ -228,6 +228,8 @@ class Collector:
     self._real_B: list[np.ndarray] = []
     self._calibration: list[Calibration] = []
     self._before = None
+    task = self._data.task
+    self._by_label = bool(task and task.tagging and task.difficulty)
     self._used: list[np.ndarray] = []
     self._right: list[np.ndarray] = []
     self._anchors = self._real = self._dropped = 0
@@ -250,7 +252,8 @@ class Collector:
       before = self._before or self._runner.first(params, batch)
       source, after, used, dropped, residual = self._timed("thinking", self._runner.think, params, batch, key, *before)
       self._before = jax.device_get(after)  # on the host: a later batch then compiles nothing new
-      self._used.append(jax.device_get(used)[host.segments_BT[:, 0] > 0])
+      used_RT = jax.device_get(used)[self._real_B[-1]]
+      self._used.append(used_RT if self._by_label else used_RT.sum(axis=1, keepdims=True))
       self._dropped += int(dropped)
       self._residual += float(residual)
       self._anchors += int(source.valid_BN.sum())
@@ -261,7 +264,8 @@ class Collector:
       reference = reference or found
       rest = (host, self._data.vocabulary, counted_BT, asked_BT)
       self._arms[name].append(_arm(rest, found, reference, changed))
-    self._right.append(np.where(asked_BT, reference.hit_BT, np.nan)[self._real_B[-1]])
+    if self._by_label:
+      self._right.append(np.where(asked_BT, reference.hit_BT, np.nan)[self._real_B[-1]])
     self._calibration.append(calibrate(reference.top_logp_BT, reference.hit_BT, asked_BT, reference.report))
     if self._mixer.samples:
       drawn = self._timed("draws", self._mixer, params, batch, key, host.weights_BT)
@@ -302,7 +306,7 @@ class Collector:
       generated=generated,
       anchors=self._anchors,
       real_tokens=self._real,
-      think_tokens=int(sum(used_BT.sum() for used_BT in self._used)),
+      think_tokens=int(sum(used_RU.sum() for used_RU in self._used)),
       dropped=self._dropped,
       difficulty=self._difficulty(arms),
       residual=self._residual / max(self._anchors, 1) if self._runner.thought.iterations else None,
@@ -314,14 +318,14 @@ class Collector:
     task = self._data.task
     if task is None or task.difficulty is None or not self._used or not self._runner.thought.may_end:
       return None
-    used_RT, whole_R = np.concatenate(self._used).astype(np.float64), arms[self._controls[0]].sums.whole_R
+    used_RU, whole_R = np.concatenate(self._used).astype(np.float64), arms[self._controls[0]].sums.whole_R
     levels = [task.difficulty(example) for example in self._data.examples(self._split, len(whole_R))]
-    if not task.tagging:
-      return Difficulty(np.array(levels, np.float64)[:, None], used_RT.sum(axis=1, keepdims=True), whole_R[:, None])
-    right_RT = np.concatenate(self._right).astype(np.float64)
-    level_RT = np.full(right_RT.shape, np.nan)
-    level_RT[~np.isnan(right_RT)] = np.concatenate(levels)
-    return Difficulty(level_RT, used_RT, right_RT)
+    if not self._by_label:
+      return Difficulty(np.array(levels, np.float64)[:, None], used_RU, whole_R[:, None])
+    right_RU = np.concatenate(self._right)
+    level_RU = np.full(right_RU.shape, np.nan)
+    level_RU[~np.isnan(right_RU)] = np.concatenate(levels)
+    return Difficulty(level_RU, used_RU, right_RU)
 
 
 def _arm(rest, scored, reference, changed) -> Arm:
