@@ -9,18 +9,9 @@ import jax.numpy as jnp
 
 from thinking_lm.model.rollout import actions
 from thinking_lm.objectives.advantages import ADVANTAGES
-from thinking_lm.objectives.baselines import BASELINES, reward_of
-from thinking_lm.objectives.rewards import REWARDS
+from thinking_lm.objectives.baselines import BASELINES, compares, reward_of
 from thinking_lm.thoughts.topology import rest
 from thinking_lm.types import Batch, Beside, Layout, Params, Thoughts
-
-
-def compares(goal, thought) -> bool:
-  """Whether a pass without thoughts stands beside, that the reward compares with: by a teacher, or by the same model
-  where thoughts stay in context and the rollout predicts nothing without them.
-  """
-  same = goal.score_weight and REWARDS[goal.reward].base and thought.length and thought.topology == "persistent"
-  return bool(goal.teacher_decay or same)
 
 
 def passes(

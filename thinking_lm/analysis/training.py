@@ -10,11 +10,10 @@ import dataclasses
 from collections.abc import Iterator
 
 from thinking_lm.analysis.flops import Ledger, causal_keys, head_flops, layer_flops, ledger, replays
-from thinking_lm.beside import compares
 from thinking_lm.model.decoder import ModelConfig
 from thinking_lm.model.enumeration import CHUNK
 from thinking_lm.objectives.advantages import ADVANTAGES
-from thinking_lm.objectives.baselines import BASELINES
+from thinking_lm.objectives.baselines import BASELINES, compares
 from thinking_lm.objectives.rewards import REWARDS
 from thinking_lm.objectives.variates import VARIATES
 from thinking_lm.thoughts import enumeration

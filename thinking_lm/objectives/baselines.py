@@ -12,7 +12,15 @@ import jax.numpy as jnp
 
 from thinking_lm.objectives import exits
 from thinking_lm.objectives.bounds import BOUNDS
-from thinking_lm.objectives.rewards import paid
+from thinking_lm.objectives.rewards import REWARDS, paid
+
+
+def compares(goal, thought) -> bool:
+  """Whether a pass without thoughts stands beside, that the reward compares with: by a teacher, or by the same model
+  where thoughts stay in context and the rollout predicts nothing without them.
+  """
+  same = goal.score_weight and REWARDS[goal.reward].base and thought.length and thought.topology == "persistent"
+  return bool(goal.teacher_decay or same)
 
 
 def reward_of(config, trace, beside):
