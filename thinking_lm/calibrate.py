@@ -43,6 +43,10 @@ def main(argv) -> None:
     print("\n" + _by_end(subject, params, batches(), source))
 
 
+def _named(share: float) -> str:
+  return f"1 / {1 / share:g}"
+
+
 def _by_need(subject, params, batches, source: str) -> str:
   import jax
   import numpy as np
@@ -59,7 +63,7 @@ def _by_need(subject, params, batches, source: str) -> str:
   rows = [("share of tokens", "thought.need_above", "most in a row")]
   for share in SHARES:
     above = float(np.quantile(need_RT[real_RT], 1 - share))
-    rows.append((f"1 / {1 / share:g}", f"{above:.4f}", str(int(((need_RT > above) & real_RT).sum(axis=1).max()))))
+    rows.append((_named(share), f"{above:.4f}", str(int(((need_RT > above) & real_RT).sum(axis=1).max()))))
   return f"{source}, {int(real_RT.sum())} tokens of {_SPLIT.value}\n{aligned(rows)}"
 
 
@@ -78,7 +82,7 @@ def _by_end(subject, params, batches, source: str) -> str:
   found = [look(params, batch, jax.random.key(0)) for batch in batches]
   logp_X = np.concatenate([np.asarray(logp_BN, np.float64)[np.asarray(valid_BN)] for logp_BN, valid_BN in found])
   rows = [("share that thinks", "thought.stop_at")]
-  rows += [(f"1 / {1 / share:g}", f"{np.exp(np.quantile(logp_X, share)):.6g}") for share in SHARES]
+  rows += [(_named(share), f"{np.exp(np.quantile(logp_X, share)):.6g}") for share in SHARES]
   return f"{source}, {len(logp_X)} thoughts of {_SPLIT.value}\n{aligned(rows)}"
 
 

@@ -214,9 +214,10 @@ def objective_faults(goal: ObjectiveConfig, thought: ThoughtConfig) -> list[str]
       found.append("objective.price is paid by the policy gradient, whose objective.score_weight is 0")
   found += report_faults(goal, thought)
   if thought.topology != "private":
-    absent = "needs thought.topology 'private': with 'persistent' there is no pass without thoughts"
     if goal.base_weight:
-      found.append(f"objective.base_weight {absent}")
+      found.append(
+        "objective.base_weight needs thought.topology 'private': with 'persistent' there is no pass without thoughts"
+      )
     if goal.bound != "J" and thought.length and thought.lookahead:
       found.append(
         f"objective.bound {goal.bound!r} is joint over all that thoughts change: persistent thoughts need "

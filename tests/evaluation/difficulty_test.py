@@ -28,9 +28,8 @@ def test_longer_thoughts_about_harder_examples_are_a_correlation_with_an_interva
   found = summarise(Difficulty(column(level_R), column(level_R + rng.normal(size=300)), column(level_R < 3)))
   value, low, high = found["correlation"]
   assert 0.4 < low < value < high < 0.8
-  assert [one["level"] for one in found["levels"]] == [1, 2, 3] and sum(
-    one["answers"] for one in found["levels"]
-  ) == 300
+  assert [one["level"] for one in found["levels"]] == [1, 2, 3]
+  assert sum(one["answers"] for one in found["levels"]) == 300
   assert [one["accuracy"][0] for one in found["levels"]] == [1, 1, 0]
   still = column(np.zeros(300))
   assert summarise(Difficulty(column(level_R), still, still))["correlation"] == [None, None, None]

@@ -128,10 +128,8 @@ POLICIES = dict(
   endless=([likelier(STOP, -20)], {"full"}),
   silent=([likelier(STOP, 20)], {"empty", "distinct", "rank"}),
   stuck=([likelier(3, 20)], {"repeated", "looped", "distinct", "rank"}),
-  stammering=(
-    [likelier(3, 20), likelier(STOP, 18.8)],
-    {"rank", "lengthy"},
-  ),  # one token, then STOP: what is behind is not thought
+  # one token, then STOP: what is behind is not thought
+  stammering=([likelier(3, 20), likelier(STOP, 18.8)], {"rank", "lengthy"}),
   deaf=([deaf], {"flat", "gradients", "content"}),
   fooled=([deaf, sharper(0)], {"effect"}),
   moved=([moved(1.0, seed=3)], {"drift"}),

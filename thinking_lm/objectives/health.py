@@ -89,22 +89,22 @@ def _pairs(trace, thought):
   return (inputs[:, :, 1:], tokens[:, :, 1:]), (inputs[:, :, :-1], tokens[:, :, :-1]), there
 
 
-def _ended(trace, length: int, exit: int):
-  """Which thoughts ended after so many think tokens, [B, G, N]; where a head says so, the probability of it."""
+def _ended(trace, length: int, k: int):
+  """Which thoughts ended after so many think tokens, [B, G, N]; where a head says so, the probability of exit k."""
   if trace.exit_logp_BGNK is None:
     return trace.used_BGN == length
-  return jnp.exp(trace.exit_logp_BGNK[..., exit])
+  return jnp.exp(trace.exit_logp_BGNK[..., k])
 
 
 def empty_thoughts(trace, thought) -> Mean:
   """Share of thoughts that ended before their first token."""
   del thought
-  return Mean.of(_ended(trace, 0, exit=0), trace.valid_BN[:, None])
+  return Mean.of(_ended(trace, 0, k=0), trace.valid_BN[:, None])
 
 
 def full_thoughts(trace, thought) -> Mean:
   """Share of thoughts that used all their tokens and did not end by themselves."""
-  return Mean.of(_ended(trace, thought.length, exit=-1), trace.valid_BN[:, None])
+  return Mean.of(_ended(trace, thought.length, k=-1), trace.valid_BN[:, None])
 
 
 def repeated_tokens(trace, thought) -> Mean:
