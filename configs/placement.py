@@ -26,7 +26,7 @@ PLACEMENTS = dict(
     "thought.placement": "every",
     "thought.topology": "private",
     "thought.halting": "router",
-    "objective.halt_weight": 0.03,  # see "Where to think, private thoughts" in BUILD_NOTES.md: no better than 0 is shown
+    "objective.halt_weight": 0.03,  # not shown to be better than 0: BUILD_NOTES.md
     "objective.halt_prior": 0.5,
   },
 )
