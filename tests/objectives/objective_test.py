@@ -19,7 +19,7 @@ from thinking_lm.objectives.objective import ObjectiveConfig, objective
 from thinking_lm.objectives.rewards import REWARDS, Reward
 from thinking_lm.training.state import make_init
 from thinking_lm.training.step import StepConfig, make_train_step
-from thinking_lm.types import Carried
+from thinking_lm.types import Beside, Carried
 
 
 def flat(tree):
@@ -136,6 +136,21 @@ def test_dapo_holds_every_term_to_the_groups_that_vary():
     np.testing.assert_allclose(found[0], kept[0], rtol=1e-9, atol=1e-12)
     assert found[1]["loss"] == pytest.approx(kept[1]["loss"])
   assert not measured(config("dapo"), rows[~varied])[0].any() and measured(config("grpo"), rows[~varied])[0].any()
+
+
+@pytest.mark.parametrize("name,pulls", [("dapo", False), ("grpo", True)])
+def test_a_reference_pulls_at_no_group_that_dapo_leaves_out(name, pulls):
+  rows = bandit.groups(2)
+  config = ObjectiveConfig(**SCORE, advantage=name, kl_weight=0.5)
+
+  def loss(params):
+    trace = bandit.trace(params, rows[rows[:, 1] == rows[:, 2]])
+    tokens_BGNJ = trace.policy_logp_BGN[..., None]
+    trace = trace.replace(token_logp_BGNJ=tokens_BGNJ, chosen_BGNJ=jnp.ones(tokens_BGNJ.shape, bool))
+    return objective(config, trace, Beside(reference_logp_BGNJ=jnp.full(tokens_BGNJ.shape, -1.0)))[0]
+
+  with jax.enable_x64(True):
+    assert flat(jax.jit(jax.grad(loss))(bandit.parameters())).any() == pulls
 
 
 def test_dapo_filters_groups_that_hardly_vary():
