@@ -86,6 +86,31 @@ def test_needs_is_the_smallest_group_that_gives_a_signal(name):
     assert not np.isfinite(fewer).all() or np.abs(fewer).max() == 0
 
 
+def is_each_rows_own(name):
+  """Whether a group's advantages are what they are without the other groups of the batch."""
+  alone_BGN = np.concatenate([of(name, REWARD_BGN[b : b + 1]) for b in range(len(REWARD_BGN))])
+  return np.allclose(of(name, REWARD_BGN), alone_BGN, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_a_group_has_one_rows_samples(name):
+  """A group whose samples had the ids of other prompts would be no group (Search-R1's failure)."""
+  assert is_each_rows_own(name)
+
+
+@pytest.mark.parametrize("name", WITHIN)
+def test_samples_that_are_of_another_row_are_found(name, monkeypatch):
+  """Every sample but the first is taken from the next row, and the advantages are given back to where these are."""
+
+  def permuted(reward_BGN):
+    ids_BG = (np.arange(len(reward_BGN))[:, None] + np.arange(reward_BGN.shape[1]).clip(max=1)) % len(reward_BGN)
+    mixed_BGN = ADVANTAGES[name].of(reward_BGN[ids_BG, np.arange(reward_BGN.shape[1])])
+    return jax.numpy.zeros_like(mixed_BGN).at[ids_BG, np.arange(reward_BGN.shape[1])].set(mixed_BGN)
+
+  monkeypatch.setitem(ADVANTAGES, "permuted", ADVANTAGES[name]._replace(of=permuted))
+  assert not is_each_rows_own("permuted")
+
+
 @pytest.mark.parametrize("name", WITHIN)
 def test_a_constant_of_the_group_changes_nothing(name):
   shift_B1N = RNG.normal(size=(5, 1, 3))

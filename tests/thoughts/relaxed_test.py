@@ -9,13 +9,13 @@ from thinking_lm.thoughts import relaxed
 LOGITS_V = jnp.array([0.4, -1.1, 0.9])
 LOGP_V = jax.nn.log_softmax(LOGITS_V)
 COUNT = 100_000
-KEYS = jax.random.split(jax.random.key(0), COUNT)
+NOISE_XV = relaxed.noise(jax.random.split(jax.random.key(0), COUNT), 3)
 FREE_XV = np.asarray(LOGP_V + jax.random.gumbel(jax.random.key(1), (COUNT, 3)))
 """Draws of log pi + Gumbel noise as their definition says."""
 
 
 def given(token, logp_V=LOGP_V):
-  return relaxed.coupled(jnp.broadcast_to(logp_V, (COUNT, 3)), jnp.full(COUNT, token), KEYS)
+  return relaxed.coupled(jnp.broadcast_to(logp_V, (COUNT, 3)), jnp.full(COUNT, token), NOISE_XV)
 
 
 def test_the_token_is_the_largest_and_the_rest_is_distributed_as_given_it():

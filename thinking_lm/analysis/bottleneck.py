@@ -71,8 +71,8 @@ def _table_right(params):
 def _relaxed_outcome(params, policy_XX, token_XG, key):
   """log p(x | relaxed copy of the thought), differentiable in the policy only."""
   shape = (*token_XG.shape, SYMBOLS)
-  keys = jax.random.split(key, token_XG.shape)
-  z = relaxed.coupled(jnp.broadcast_to(policy_XX[:, None], shape), token_XG, keys)
+  noise = relaxed.noise(jax.random.split(key, token_XG.shape), SYMBOLS)
+  z = relaxed.coupled(jnp.broadcast_to(policy_XX[:, None], shape), token_XG, noise)
   weights = relaxed.weights(z, ESTIMATORS["rebar"]["thought.relaxation"])
   logits_XGY = weights @ jax.lax.stop_gradient(params["reader_ZX"])
   return jax.nn.log_softmax(logits_XGY)[jnp.arange(SYMBOLS), :, jnp.arange(SYMBOLS)]

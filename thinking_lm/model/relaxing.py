@@ -45,4 +45,5 @@ def learned(decoder, drawer, config, before_BPD, tokens_BP, keys_BP) -> Surrogat
 def _mixed(drawer, config, logits_BPV, tokens_BP, keys_BP):
   """Embeddings [B, P, D] of the relaxed copies of tokens, differentiable in the policy's logits only."""
   logp_BPV = jax.nn.log_softmax(logits_BPV / config.temperature)
-  return drawer.mix(relaxed.weights(relaxed.coupled(logp_BPV, tokens_BP, keys_BP), config.relaxation))
+  z_BPV = relaxed.coupled(logp_BPV, tokens_BP, relaxed.noise(keys_BP, logp_BPV.shape[-1]))
+  return drawer.mix(relaxed.weights(z_BPV, config.relaxation))

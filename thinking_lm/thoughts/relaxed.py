@@ -15,18 +15,21 @@ import jax
 import jax.numpy as jnp
 
 
-def coupled(logp_XV, token_X, keys_X):
+def noise(keys_X, V: int):
+  """log e_XV, logarithms of standard exponentials."""
+  e_XV = jax.vmap(lambda key: jax.random.exponential(key, (V,)))(keys_X.reshape(-1))
+  return jnp.log(e_XV).reshape(*keys_X.shape, V)
+
+
+def coupled(logp_XV, token_X, log_e_XV):
   """z_XV, a draw of log pi + Gumbel noise whose largest entry is `token`; its gradient is that of z less that of z'.
 
   z depends on log pi as a sum; z' by truncation: with standard exponentials e, -log e_k is the largest and
   -log(e_k + e_i / pi_i) are the others (Tucker et al., appendix C; Grathwohl et al. 2018, arXiv:1711.00123, B.2).
   """
-  V = logp_XV.shape[-1]
-  shape = (*keys_X.shape, V)
-  log_e_XV = jnp.log(jax.vmap(lambda key: jax.random.exponential(key, (V,)))(keys_X.reshape(-1))).reshape(shape)
   mine_X1 = jnp.take_along_axis(log_e_XV, token_X[..., None], axis=-1)
   others_XV = -jnp.logaddexp(mine_X1, log_e_XV - logp_XV)
-  given_XV = jnp.where(jnp.arange(V) == token_X[..., None], -mine_X1, others_XV)
+  given_XV = jnp.where(jnp.arange(logp_XV.shape[-1]) == token_X[..., None], -mine_X1, others_XV)
   free_XV = logp_XV + jax.lax.stop_gradient(given_XV - logp_XV)
   return jax.lax.stop_gradient(given_XV) + free_XV - given_XV
 
