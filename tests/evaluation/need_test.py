@@ -114,16 +114,23 @@ def test_thoughts_that_a_run_cannot_have_are_refused(frozen, change, message):
 
 def test_the_command_prints_thresholds_that_mark_the_share_it_says(frozen):
   workdir, subject, params, _, _, _ = frozen
-  code, out, errors = quick.command("calibrate", f"--workdir={workdir}", "--rows=20", "--batch_size=8")
+  command = ("calibrate", f"--workdir={workdir}", "--rows=20", "--batch_size=8")
+  code, out, errors = quick.command(*command, "--shares=0.5,0.1,0.04")
   assert code == 0, errors
   assert out.startswith(f"step 3 of {workdir}, 120 tokens of train\n")
   found = re.findall(r"^1 / (\d+) +([\d.]+) +(\d+)$", out, flags=re.MULTILINE)
-  assert [int(share) for share, _, _ in found] == [2, 4, 8, 16, 32]
+  assert [int(share) for share, _, _ in found] == [2, 10, 25]
   rows = next(subject.data.evaluation_batches("train", batch_size=20, limit=20))
   need_BT = np.asarray(needed(subject.model, params, rows).need_BT)
   for share, above, most in found:
     marked_BT = need_BT > float(above) + 1e-4  # the threshold is one of the needs, and printed with four digits
     assert abs(marked_BT.sum() - 120 / int(share)) <= 2 and abs(marked_BT.sum(axis=1).max() - int(most)) <= 1
+
+
+@pytest.mark.parametrize("shares", ["0.5,1", "half"])
+def test_shares_that_are_none_are_refused(shares):
+  code, _, errors = quick.command("calibrate", "--workdir=missing", f"--shares={shares}")
+  assert code == 64 and f"--shares wants numbers between 0 and 1, got '{shares}'" in errors
 
 
 def test_the_command_prints_ends_at_which_the_share_it_says_thinks(tmp_path):
