@@ -2,12 +2,13 @@
 
 Purpose: does a reader of a textbook gain by pausing where a sentence ends? A latent thought after each sentence end of
 the embedded corpus (one in 147 bytes), against as many at regular places, where the model itself is unsure, where a
-frozen one without thoughts is, and where a router says. Thoughts stay in the context, or (only such are routed) with
---config.thought.topology=private are seen by the next byte alone. Recipes: none, sentence, stride, entropy, proxy, router.
+frozen one without thoughts is, and where a router says. Recipes: none, sentence, stride, entropy, proxy, router.
 Command: python -m thinking_lm.frontier --config=configs/reading.py --root=runs/reading --seeds=3 none sentence \
-  stride entropy 'proxy,thought.proxy=runs/reading/none-{seed}' and then with thought.topology=private, with router
-(none comes first: it is the proxy; thought.need_above is what `thinking_lm.calibrate --shares=0.0068` says of it, and
-what it says of the router's thought.stop_at goes to `evaluate --thought=stop_at=VALUE`.)
+  stride entropy 'proxy,thought.proxy=runs/reading/none-{seed}'
+(none comes first: it is the proxy; thought.need_above is about what `thinking_lm.calibrate --shares=0.0068` says of
+it.) Those thoughts stay in the context. Only private ones, which the next byte alone sees, are routed: beside the arm
+router belong sentence, stride and entropy with ,thought.topology=private, and the router's own runs evaluated at as
+many thoughts (`calibrate` prints the VALUE for `evaluate --thought=stop_at=VALUE`).
 Measured: see "Where to think while reading" in BUILD_NOTES.md.
 """
 
