@@ -1,6 +1,8 @@
 """Every backend of attention against one softmax over all keys, in float64; values and gradients."""
 
 import functools
+import math
+import re
 from typing import NamedTuple
 
 import jax
@@ -44,6 +46,7 @@ CAUSAL = np.tril(np.ones((1, 1, 8, 8), bool))
 OWN = CAUSAL[:, :, :4, :4]
 PAST = some(B, 3, 1, 5)
 FAR = np.arange(260) < np.array([[5, 60, 100], [5, 130, 260]])[:, :, None, None]
+MANY = np.arange(260) < np.random.default_rng(3).integers(0, 260, (B, 130, 1, 1))
 CASES = {
   "plain": case(1, 8, 2, 2, (8, True, CAUSAL)),
   "packed documents": case(1, 8, 2, 2, (8, True, packed())),
@@ -53,13 +56,14 @@ CASES = {
   "one stream with a cache": case(1, 4, 4, 2, (5, False, PAST[:, :1]), (4, True, OWN)),
   "some see nothing": case(3, 4, 4, 2, (5, False, PAST & False), (4, True, OWN & (np.arange(4)[:, None] > 1))),
   "several blocks": case(3, 50, 2, 1, (260, False, FAR), (3, True, some(B, 3, 50, 3))),
+  "many streams": case(130, 3, 2, 1, (260, False, MANY), (3, True, some(B, 130, 3, 3))),
   "one query": case(3, 1, 4, 2, (7, True, some(B, 3, 1, 7)), (1, True, OWN[:, :, :1, :1])),
 }
 
 
 HERE = [name for name, backend in BACKENDS.items() if backend.platform is None]
 """Those that run on a CPU."""
-KERNELS = ["packed documents", "past and own cache", "some see nothing", "several blocks"]
+KERNELS = ["packed documents", "past and own cache", "some see nothing", "several blocks", "many streams"]
 """Cases for kernels that run step by step, which compile for seconds: together they have all that is in the others."""
 RUNS = [(backend, name) for backend in HERE for name in (KERNELS if backend == "splash_interpret" else CASES)]
 
@@ -210,6 +214,19 @@ def test_kernels_are_split_over_devices():
   with jax.set_mesh(make_mesh(MeshConfig(data=2, sequence=2, tensor=2))):
     value, gradient = errors(lambda q, sets: attention(q, sets, "splash_interpret"), "one stream with a cache")
   assert value < 2e-6 and max(gradient) < 2e-6
+
+
+def test_the_mask_of_kernels_does_not_grow_with_the_queries_of_a_stream():
+  """The largest mask of a step, in bytes, by the number of a thought's tokens: streams x keys, and no more."""
+
+  def masks(Q):
+    q = jax.ShapeDtypeStruct((1, 128, Q, 2, 16), jnp.float32)
+    k, mask = jax.ShapeDtypeStruct((1, 1024, 2, 16), jnp.float32), jax.ShapeDtypeStruct((1, 128, 1, 1024), bool)
+    run = lambda q, k, v, mask: jnp.sum(attention(q, [Keys(k, v, mask)], "splash"))
+    program = str(jax.make_jaxpr(jax.grad(run, (0, 1, 2)))(q, k, k, mask))
+    return max(math.prod(map(int, shape.split(","))) for shape in re.findall(r"bool\[([\d,]+)\]", program))
+
+  assert masks(1) == masks(16) == 128 * 1024
 
 
 def test_the_kernels_take_large_shared_sets_and_leave_the_rest():
