@@ -72,6 +72,31 @@ def test_the_tables_are_made(monkeypatch):
   assert [line.split()[0] for line in lines[1:]] == list(bottleneck.THINKERS["tables"].names)
 
 
+@pytest.mark.slow
+def test_what_is_learned_through_the_bottleneck():
+  """At full size, as the design notes say: all but the score term alone and the NLL term alone."""
+  found = {name: bottleneck.train(TABLES, name).mean() for name in bottleneck.PUBLISHED}
+  learned = {name for name, published in bottleneck.PUBLISHED.items() if published > 0.5}
+  assert found.keys() - learned == {"rlp", "nll_only"}
+  for name, p in found.items():
+    assert p > 0.65 if name in learned else p < 0.15, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_what_the_table_of_biases_says(seed, monkeypatch):
+  """Leave-one-out is grad J, VIMCO and JEPO near grad M and nearer with more samples, all others neither."""
+  monkeypatch.setattr(toys, "spread", lambda trees: (None, 1.0))
+  monkeypatch.setattr(toys, "_each", lambda *arguments: None)
+  lines = [(name, 4) for name in toys.PUBLISHED_BIAS if name != "gumbel"] + [("vimco", 16), ("jepo", 16)]
+  found = dict(zip(lines, toys._biases(toys._tables(seed), lines), strict=True))
+  assert found["hybrid", 4][0] < 1e-4
+  for name in ("nll_only", "rlp", "quiet_star", "grpo"):
+    assert found[name, 4][0] > 0.1 and found[name, 4][1] > 0.4, (name, found)
+  for name in ("vimco", "jepo"):
+    assert found[name, 16][1] < 0.11 < found[name, 4][1] < 0.35 < found["hybrid", 4][1], (name, found)
+
+
 def test_nothing_but_the_thought_tells_the_symbol():
   """Whatever thought is put in, the reader says the same of every symbol: what it is right about is the thought's."""
   params = bottleneck.MODEL.init(jax.random.key(1))
