@@ -30,11 +30,11 @@ test-latest: .venv-latest/.installed  ## run what `make test` runs on Python 3.1
 test-plan: .venv-plan/.installed  ## run the tests that need the TPU compiler
 	$(PYTEST) .venv-plan/bin/python -m pytest tests/plan_test.py $(ARGS)
 
-plan: .venv-plan/.installed  ## compile every pod of configs/pod and hold it to its budget; no TPU needed, ARGS=--write sets budgets
+plan: .venv-plan/.installed  ## compile what changed of the pods of configs/pod and hold it to its budget; no TPU needed, ARGS=--again: all
 	NPROC=1 JAX_PLATFORMS=cpu .venv-plan/bin/python -m thinking_lm.plan --budgets=configs/pod/budgets.json $(ARGS)
 
 plan-small: .venv-plan/.installed  ## the training step of one small pod, in a minute or two
-	NPROC=1 JAX_PLATFORMS=cpu .venv-plan/bin/python -m thinking_lm.plan --budgets=configs/pod/small.json $(ARGS)
+	NPROC=1 JAX_PLATFORMS=cpu .venv-plan/bin/python -m thinking_lm.plan --budgets=configs/pod/small.json --again $(ARGS)
 
 lint: .venv/.installed  ## check style and format
 	.venv/bin/python -m ruff check .

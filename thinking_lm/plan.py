@@ -5,8 +5,9 @@
 
 The real training step, sampler and evaluation rollout are compiled, with the run's own shardings; no data is read and
 no parameter allocated. Memory is the compiler's own figure, and so are the collectives; FLOPs are the ledger's; seconds
-are a roofline with its assumptions written beneath. Needs libtpu (`make plan` sees to it), or for h100:HOSTSxGPUS
-jax-cuda13-plugin; no accelerator.
+are a roofline with its assumptions written beneath. With --budgets, a part is compiled only if what the compiler would
+be given (program, devices, versions, options) is not what its budget was written for; --again compiles all. Needs
+libtpu (`make plan` sees to it), or for h100:HOSTSxGPUS jax-cuda13-plugin; no accelerator.
 
 Exit codes: 0 fits (or all budgets hold), 1 does not, 64 wrong command line, 78 wrong config or topology.
 """
@@ -49,6 +50,9 @@ _JOBS = flags.DEFINE_integer(
   "jobs", 2, "With --budgets: entries that are compiled at a time, of 3 GB each.", lower_bound=1
 )
 _WRITE = flags.DEFINE_bool("write", False, "With --budgets: write the figures that were found into the file instead.")
+_AGAIN = flags.DEFINE_bool(
+  "again", False, "With --budgets: compile what has not changed since its budget was written, too."
+)
 
 
 def main(argv) -> None:
@@ -98,7 +102,7 @@ def _check(path: pathlib.Path, decode) -> int:
     raise errors.UsageError(f"no entry of {path} contains {_ONLY.value!r}; there are {', '.join(entries)}")
   spawn = multiprocessing.get_context("spawn")
   with concurrent.futures.ProcessPoolExecutor(_JOBS.value, spawn, end_with_parent, initargs=(0, _JOBS.value)) as pool:
-    submit = lambda name, entry: pool.submit(_compiled, path.parent, name, entry, _PARTS.value, decode)
+    submit = lambda name, entry: pool.submit(_compiled, path.parent, name, entry, _PARTS.value, decode, _AGAIN.value)
     records = {name: submit(name, entry) for name, entry in chosen.items()}
     broken = 0
     for name, record in records.items():
@@ -112,7 +116,7 @@ def _check(path: pathlib.Path, decode) -> int:
   return int(broken > 0)
 
 
-def _compiled(directory: pathlib.Path, name: str, entry: dict, parts: list[str], decode) -> dict:
+def _compiled(directory: pathlib.Path, name: str, entry: dict, parts: list[str], decode, again: bool) -> dict:
   """The record of those parts of an entry that are asked for; in a process of its own, which knows no flags."""
   import runpy
 
@@ -122,7 +126,8 @@ def _compiled(directory: pathlib.Path, name: str, entry: dict, parts: list[str],
   values = runpy.run_path(str(directory / f"{file}.py"))["get_config"](recipe)
   chip, devices, groups = chips.pod(entry["topology"], entry.get("slices", 1))
   parts = [part for part in entry["parts"] if part in parts]
-  return budgets.record(pods.plan(_sketch(values), chip, devices, groups, parts, decode))
+  known = {} if again else {part: kept.get("fingerprint") for part, kept in entry.get("budget", {}).items()}
+  return budgets.record(pods.plan(_sketch(values), chip, devices, groups, parts, decode, known))
 
 
 if __name__ == "__main__":

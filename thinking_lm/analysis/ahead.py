@@ -6,7 +6,11 @@ Nothing is read, initialised or executed: the arguments are ShapeDtypeStructs wi
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import importlib.metadata
+import json
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -39,7 +43,8 @@ class Compiled:
 
   level: as of LEVELS. arguments: bytes of what is passed in, by category. temporaries: what the peak adds to them.
   peak: the compiler's own peak, or what it says it would have needed. collectives, unknown_loops: as of
-  `collectives.read`; None and 0 where it does not fit. seconds: of the process, to lower and compile.
+  `collectives.read`; None and 0 where it does not fit. seconds: of the process, to lower and compile. fingerprint: as
+  of `fingerprint`.
   """
 
   fits: bool
@@ -50,6 +55,7 @@ class Compiled:
   collectives: Mapping[str, collectives.Collective]
   unknown_loops: int
   seconds: float
+  fingerprint: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,19 +122,54 @@ def generate(built: Any, mesh: Mesh, sampling: Any, rows: int, prompt: int) -> P
   return Part(lower, dict(parameters=params, batch=prompts))
 
 
-def compiled(part: Part, mesh: Mesh, usable: float, levels: tuple[str, ...] = LEVELS, within: int = 0) -> Compiled:
+COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin")
+"""Packages whose version a compiled program may depend on, where they are installed."""
+
+OPTIONS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+"""Environment variables that it may depend on."""
+
+
+def fingerprint(lowered: jax.stages.Lowered, mesh: Mesh) -> str:
+  """A digest of all that a compiler is given: the program, the devices in their order, its version and its options.
+
+  What has the same fingerprint compiles to the same thing and need not be compiled again.
+  """
+  kinds = sorted({device.device_kind for device in mesh.devices.flat})
+  devices = [[device.id, getattr(device, "slice_index", 0)] for device in mesh.devices.flat]
+  versions = {name: importlib.metadata.version(name) for name in COMPILERS if _installed(name)}
+  facts = json.dumps([versions, {name: os.environ.get(name, "") for name in OPTIONS}, kinds, devices])
+  return hashlib.sha256(f"{facts}\n{lowered.as_text()}".encode()).hexdigest()
+
+
+def _installed(name: str) -> bool:
+  return any(True for _ in importlib.metadata.distributions(name=name))
+
+
+def compiled(
+  part: Part,
+  mesh: Mesh,
+  usable: float,
+  levels: tuple[str, ...] = LEVELS,
+  within: int = 0,
+  known: str | None = None,
+) -> Compiled | None:
   """Compiles at the first of the levels where the part fits into `usable` bytes, or at the last one.
 
   The TPU compiler refuses what does not fit; the GPU compiler only says what it would need. within: as of
-  `collectives.read`.
+  `collectives.read`. known: a fingerprint; if the part has it, nothing is compiled, and None returned.
   """
   arguments = {name: device_bytes(tree) for name, tree in part.arguments.items()}
   given = sum(arguments.values())
   start = time.process_time()
+  with jax.set_mesh(mesh):
+    lowered = part.lower()
+  mark = fingerprint(lowered, mesh)
+  if mark == known:
+    return None
   for level in levels:
     with _optimization(level), jax.set_mesh(mesh):
       try:
-        program = part.lower().compile()
+        program = lowered.compile()
         memory = program.memory_analysis()
       except jax.errors.JaxRuntimeError as error:
         peak = needed(error)
@@ -140,8 +181,8 @@ def compiled(part: Part, mesh: Mesh, usable: float, levels: tuple[str, ...] = LE
       continue
     found, unknown = collectives.read(program.as_text(), within)
     seconds = time.process_time() - start
-    return Compiled(True, level, arguments, max(peak - given, 0), peak, found, unknown, seconds)
-  return Compiled(False, level, arguments, max(peak - given, 0), peak, {}, 0, time.process_time() - start)
+    return Compiled(True, level, arguments, max(peak - given, 0), peak, found, unknown, seconds, mark)
+  return Compiled(False, level, arguments, max(peak - given, 0), peak, {}, 0, time.process_time() - start, mark)
 
 
 @contextlib.contextmanager

@@ -24,15 +24,19 @@ def record(plan: Plan) -> dict[str, Any]:
       name: dataclasses.asdict(part) | dict(collectives={k: c._asdict() for k, c in part.collectives.items()})
       for name, part in plan.parts.items()
     },
+    unchanged=list(plan.unchanged),
     estimate=plan.estimate and plan.estimate._asdict(),
     assumptions=roofline.assumptions(plan.chip),
   )
 
 
 def budget(found: Mapping[str, Any]) -> dict[str, Any]:
-  """What is kept of a record: for each part its peak (GiB) and the number and bytes (GiB) of its collectives."""
+  """What is kept of a record: for each part that was compiled its peak (GiB), the number and bytes (GiB) of its
+  collectives, and the fingerprint that it has as long as it need not be compiled again.
+  """
   return {
     name: dict(
+      fingerprint=part["fingerprint"],
       peak_gib=round(part["peak"] / GIB, 3),
       collectives={
         kind: dict(instructions=each["instructions"], gib=round(each["bytes"] / GIB, 3))
@@ -45,7 +49,9 @@ def budget(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def faults(kept: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
   """Lines about everything that is above its budget, or that does not fit; a part without a budget need only fit."""
-  lines = []
+  usable = found["chip"]["usable"] / GIB
+  tight = [name for name in found["unchanged"] if kept[name]["peak_gib"] > usable]
+  lines = [f"{name} does not fit: {kept[name]['peak_gib']} GiB" for name in tight]
   for name, now in budget(found).items():
     if not found["parts"][name]["fits"]:
       lines.append(f"{name} does not fit: {now['peak_gib']} GiB")
@@ -67,8 +73,12 @@ def faults(kept: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
 
 def brief(found: Mapping[str, Any]) -> str:
   """One line: what fits in how much."""
+  same = found["unchanged"]
+  if not found["parts"]:
+    return f"unchanged since it was compiled: {', '.join(same)}"
   parts = ", ".join(f"{name} {part['peak'] / GIB:.2f}" for name, part in found["parts"].items())
   estimate = found["estimate"]
+  rest = f"; unchanged since they were compiled: {', '.join(same)}" if same else ""
   tail = f"; a step of {estimate['fast']:.2f} s at best, MFU {estimate['mfu_thinking']:.0%}" if estimate else ""
   spent = sum(part["seconds"] for part in found["parts"].values())
-  return f"{parts} of {found['chip']['usable'] / GIB:.2f} GiB a device{tail} ({spent:.0f} CPU s)"
+  return f"{parts} of {found['chip']['usable'] / GIB:.2f} GiB a device{tail} ({spent:.0f} CPU s){rest}"

@@ -29,7 +29,7 @@ class Plan:
   """What was found.
 
   traffic: of the training step, of one device. parts: name -> ahead.Compiled. estimate: of the training step, None if
-  that was not compiled.
+  that was not compiled. unchanged: parts that were not compiled, as their fingerprints were known.
   """
 
   config: Any
@@ -41,10 +41,22 @@ class Plan:
   traffic: Traffic
   parts: Mapping[str, ahead.Compiled]
   estimate: roofline.Estimate | None
+  unchanged: tuple[str, ...] = ()
 
 
-def plan(built: Any, chip: Chip, devices: Sequence, slices: int, parts: Sequence[str], decode: Decode) -> Plan:
+def plan(
+  built: Any,
+  chip: Chip,
+  devices: Sequence,
+  slices: int,
+  parts: Sequence[str],
+  decode: Decode,
+  known: Mapping[str, str] | None = None,
+) -> Plan:
   """Compiles parts of an Experiment for the devices of a pod, `slices` groups that the data-centre network joins.
+
+  Args:
+    known: fingerprints of parts that need not be compiled again (`ahead.fingerprint`).
 
   Raises:
     ConfigError: a mesh that does not fit the devices, or rows that it does not divide.
@@ -61,13 +73,19 @@ def plan(built: Any, chip: Chip, devices: Sequence, slices: int, parts: Sequence
   )
   named = slices == 1 or devices[0].platform == "tpu"  # else the groups of a collective say what crosses
   within = 0 if named else mesh.size // slices
-  found = {name: ahead.compiled(make[name](), mesh, chip.usable, within=within) for name in parts}
+  known = known or {}
+  tried = {
+    name: ahead.compiled(make[name](), mesh, chip.usable, within=within, known=known.get(name)) for name in parts
+  }
+  found = {name: part for name, part in tried.items() if part is not None}
+  unchanged = tuple(name for name, part in tried.items() if part is None)
   parameters = built.model.size
   guess = None
   if "train" in found and found["train"].fits:
     guess = roofline.estimate(c, V, T, parameters, chip, mesh, slices, found["train"].collectives)
   moved = training_traffic(c, V, T, parameters, mesh.shape)
-  return Plan(c, chip, dict(mesh.shape), mesh.size, parameters, training_ledger(c, V, T), moved, found, guess)
+  ledger = training_ledger(c, V, T)
+  return Plan(c, chip, dict(mesh.shape), mesh.size, parameters, ledger, moved, found, guess, unchanged)
 
 
 def show(plan: Plan, where: str) -> str:
