@@ -37,7 +37,7 @@ from thinking_lm.objectives import carry
 from thinking_lm.objectives.exact import marginal
 from thinking_lm.objectives.health import HealthConfig, History, signs
 from thinking_lm.objectives.health import rules as health_rules
-from thinking_lm.objectives.objective import ObjectiveConfig, objective, volume
+from thinking_lm.objectives.objective import ObjectiveConfig, estimating, objective, volume
 from thinking_lm.thoughts.answer import answered
 from thinking_lm.thoughts.placement import place
 from thinking_lm.thoughts.spec import ThoughtConfig
@@ -231,9 +231,8 @@ class Experiment:
       if goal.nll_weight or goal.base_weight:
         alone["nll"] = dict(score_weight=0.0)
       for name, change in alone.items():
-        terms[name] = self.with_sections(
-          objective=dataclasses.replace(goal, entropy_weight=0.0, kl_weight=0.0, **change)
-        ).loss_fn
+        term = self.with_sections(objective=dataclasses.replace(goal, entropy_weight=0.0, kl_weight=0.0, **change))
+        terms[name] = lambda params, *rest, loss_fn=term.loss_fn: loss_fn(estimating(params), *rest)
     key = random_key(c.train.seed, "evaluate")
     return (Examination(c.health.every, c.evaluation.split, c.train.batch_size, self, key, put, terms),)
 

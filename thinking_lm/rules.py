@@ -124,6 +124,8 @@ def report_faults(goal: ObjectiveConfig, thought: ThoughtConfig) -> list[str]:
   """What pay for a spoken distribution asks for."""
   if goal.calibration_weight and not goal.score_weight:
     return ["objective.calibration_weight is paid by the policy gradient, whose objective.score_weight is 0"]
+  if goal.scoring != ObjectiveConfig.scoring and not thought.report:
+    return [f"objective.scoring {goal.scoring!r} judges what a thought reports: it needs thought.report above 0"]
   if not goal.score_weight or thought.confidences:
     return []
   asks = dict(reward=REWARDS[goal.reward].report and goal.reward, calibration_weight=goal.calibration_weight)
@@ -173,6 +175,12 @@ def update_faults(updates: int, goal: ObjectiveConfig) -> list[str]:
     ]
   if updates > 1 and goal.control:
     return ["objective.control goes with the draw itself: it needs train.updates 1"]
+  if updates == 1:
+    return [
+      f"objective.{name} {getattr(goal, name)!r} is read where train.updates is above 1: with one, every ratio is 1"
+      for name in ("ratio", "clip_low", "clip_high")
+      if getattr(goal, name) != getattr(ObjectiveConfig, name)
+    ]
   return []
 
 
@@ -212,6 +220,12 @@ def objective_faults(goal: ObjectiveConfig, thought: ThoughtConfig) -> list[str]
       )
     if goal.price and not goal.score_weight:
       found.append("objective.price is paid by the policy gradient, whose objective.score_weight is 0")
+    if goal.halt_prior != ObjectiveConfig.halt_prior:
+      found.append(f"objective.halt_prior is read by thought.halting ponder and router, got {thought.halting!r}")
+    taught = goal.score_weight or goal.exact
+    if not taught and thought.length and (thought.may_stop or thought.report):
+      what = "thought.report is a part of the thought" if thought.report else "thought.halting 'stop' is a part of it"
+      found.append(f"{what} that nothing teaches: objective.score_weight is 0")
   found += report_faults(goal, thought)
   if thought.topology != "private":
     if goal.base_weight:

@@ -6,6 +6,7 @@ import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tests.evaluation import harness
@@ -13,6 +14,7 @@ from tests.slow import leaving
 from thinking_lm import experiment
 from thinking_lm.errors import DivergedError
 from thinking_lm.evaluation.health import Examination, effective_rank, norm_and_snr, of_half, percentile
+from thinking_lm.objectives import carry
 from thinking_lm.objectives.health import HealthConfig, History, rules
 from thinking_lm.training import loop
 from thinking_lm.training.state import TrainState
@@ -139,14 +141,46 @@ def test_signal_to_noise_is_that_of_the_mean_gradient():
   np.testing.assert_allclose(found["snr"], (a * b).sum(axis=1) / (((a - b) ** 2).sum(axis=1) / 4), rtol=1e-4)
 
 
-def test_the_halves_of_a_batch_are_the_batch():
-  subject, params, _ = harness.make(thought=TWO | dict(topology="private", lookahead=1))
+SCORED = dict(score_weight=1.0)
+
+
+@pytest.mark.parametrize(
+  "thought,objective",
+  leaving(
+    cases := [
+      (dict(), dict()),
+      (dict(halting="stop"), SCORED | dict(price=0.5)),
+      (dict(), SCORED | dict(advantage="none", reward="prob")),
+      (dict(), SCORED | dict(advantage="ema")),
+      (dict(kind="latent", samples=1, halting="ponder"), dict(price=0.1, halt_weight=0.1)),
+    ],
+    [cases[3], cases[4]],
+  ),
+)
+def test_the_halves_of_a_batch_are_the_batch(thought, objective):
+  thought = TWO | dict(topology="private", lookahead=1) | thought
+  subject, params, _ = harness.make(thought=thought, objective=objective)
   batch = jax.tree.map(jnp.asarray, next(iter(subject.data.evaluation_batches("validation", batch_size=5))))
-  whole, metrics = jax.jit(jax.grad(subject.loss_fn, has_aux=True))(params, batch, harness.KEY, Carried())
+  extra = dict(reward_mean=dict(total=jnp.float32(-0.9), weight=jnp.float32(0.5)))
+  carried = Carried(step=0, extra=carry.init(subject.config.objective, params) | extra)
+  whole, metrics = jax.jit(jax.grad(subject.loss_fn, has_aux=True))(params, batch, harness.KEY, carried)
   half = jax.jit(of_half(subject.loss_fn))
-  (even, some), (odd, others) = (half(params, batch, harness.KEY, Carried(), number) for number in (0, 1))
+  (even, some), (odd, others) = (half(params, batch, harness.KEY, carried, number) for number in (0, 1))
   assert some + others == metrics["loss"].count and some > others > 0
   jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a + b, c, rtol=1e-4, atol=1e-5), even, odd, whole)
+
+
+def test_a_heads_own_loss_is_no_part_of_the_score_terms_gradient():
+  """Of the advantage by a value: its head learns from a loss of its own, whose gradient says nothing of the term."""
+  subject, params, _ = harness.make(
+    thought=TWO | dict(topology="private", lookahead=1),
+    objective=SCORED | dict(advantage="value"),
+    health=dict(every=1),
+  )
+  (look,) = subject._examinations(lambda batch: jax.tree.map(jnp.asarray, batch))
+  carried = Carried(step=0, extra=carry.init(subject.config.objective, params))
+  grads, _ = look._terms["score"](params, look._rows(), harness.KEY, carried, 0)
+  assert optax.tree.norm(grads["heads"]) == 0 < optax.tree.norm(grads["embedding"])
 
 
 def test_rank_counts_directions():

@@ -8,12 +8,8 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
-import jax
-
 from thinking_lm.errors import ConfigError
-from thinking_lm.objectives.baselines import BASELINES
-from thinking_lm.objectives.objective import ObjectiveConfig
-from thinking_lm.objectives.variates import VARIATES
+from thinking_lm.objectives.objective import ObjectiveConfig, estimating
 from thinking_lm.types import Params
 
 SCORE = {"objective.score_weight": 1.0}
@@ -101,11 +97,7 @@ def goal(name: str) -> ObjectiveConfig:
 
 
 def read(params: Params, heads: Collection[str]) -> Params:
-  """What a model with these heads alone reads of the parameters of one that may have more.
-
-  No gradient for heads that learn from losses of their own, of a baseline or a variate: it estimates none of J, M, P.
-  """
-  taught = {member.head for member in (*BASELINES.values(), *VARIATES.values())}
+  """What a model with these heads alone reads of the parameters of one that may have more, as of `estimating`."""
   body, there = {name: leaf for name, leaf in params.items() if name != "heads"}, params.get("heads", {})
-  kept = {name: jax.lax.stop_gradient(there[name]) if name in taught else there[name] for name in heads}
-  return body | (dict(heads=kept) if kept else {})
+  kept = {name: there[name] for name in heads}
+  return estimating(body | (dict(heads=kept) if kept else {}))

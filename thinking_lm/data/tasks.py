@@ -98,7 +98,7 @@ def exact_match(expected: bytes, given: bytes) -> float:
 
 
 def final_match(expected: bytes, given: bytes) -> float:
-  """`exact_match` of what stands behind the written steps, if there are any."""
+  """`exact_match` of what stands behind the written steps."""
   return exact_match(rationales.final(expected), rationales.final(given))
 
 
@@ -181,7 +181,8 @@ def _draw_bernoulli(contexts: int, tokenizer: SymbolTokenizer, random: np.random
 def _text_task(options: "TaskConfig", write: Callable, longest: Callable[[int], int]) -> Task:
   draw = functools.partial(_draw_text, write, options)
   steps = rationales.longest(options.name, options.written, options.modulus)
-  return Task(options, ByteTokenizer(), draw, final_match, lambda length: longest(length) + steps, tagging=False)
+  judge = final_match if options.written else exact_match
+  return Task(options, ByteTokenizer(), draw, judge, lambda length: longest(length) + steps, tagging=False)
 
 
 def _draw_text(write: Callable, options: "TaskConfig", random: np.random.Generator, length: int) -> Example:

@@ -160,11 +160,15 @@ class Examination:
 
 
 def of_half(term: Callable) -> Callable:
-  """(params, batch, key, carried, half) -> (gradient, number of targets) of half of the rows, the even or the odd."""
+  """(params, batch, key, carried, half) -> (gradient, number of targets) of half of the rows, the even or the odd.
+
+  The other rows are padding: a row without targets, but with thoughts, would still pay for these.
+  """
 
   def gradient(params, batch, key, carried, half):
-    in_B = jnp.arange(batch.weights_BT.shape[0]) % 2 == half
-    rows = batch.replace(weights_BT=jnp.where(in_B[:, None], batch.weights_BT, 0))
+    in_B1 = (jnp.arange(batch.weights_BT.shape[0]) % 2 == half)[:, None]
+    kept = dict(weights_BT=jnp.where(in_B1, batch.weights_BT, 0), segments_BT=jnp.where(in_B1, batch.segments_BT, 0))
+    rows = batch.replace(**kept)
     grads, metrics = jax.grad(term, has_aux=True)(params, rows, key, carried)
     return grads, metrics["loss"].count
 

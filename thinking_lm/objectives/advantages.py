@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 STD_FLOOR = 1e-3
 """Standard deviation of a group, in the reward's unit, below which it is not divided by: its thoughts made no
-difference worth the name, and dividing would blow rounding up to the size of a signal."""
+difference worth the name, and dividing would blow rounding up to the size of a signal. objective.std_floor sets
+another one: this is for nats, and probabilities of unlikely outcomes differ by less."""
 
 
 def none(reward_BGN):
@@ -43,13 +44,13 @@ def rlp(reward_BGN):
   return G / (G - 1) * mean(reward_BGN)
 
 
-def grpo(reward_BGN):
-  """A_g = (r_g - mean) / max(std, STD_FLOOR), of the group, std with 1 / G; no unit (GRPO, arXiv:2402.03300).
+def grpo(reward_BGN, floor=STD_FLOOR):
+  """A_g = (r_g - mean) / max(std, floor), of the group, std with 1 / G; no unit (GRPO, arXiv:2402.03300).
 
   The paper divides by the standard deviation as it is, and averages over a response's tokens where we sum. Biased: a
   group counts the more, the more its thoughts agree.
   """
-  return mean(reward_BGN) / jnp.maximum(reward_BGN.std(axis=1, keepdims=True), STD_FLOOR)
+  return mean(reward_BGN) / jnp.maximum(reward_BGN.std(axis=1, keepdims=True), floor)
 
 
 def quiet_star(reward_BGN):
@@ -66,13 +67,13 @@ def less(reward_BGN, baseline):
   return reward_BGN - baseline
 
 
-def varied(reward_BGN):
-  """keep_BN: the group's standard deviation is above STD_FLOOR (DAPO's dynamic sampling, arXiv:2503.14476).
+def varied(reward_BGN, floor=STD_FLOOR):
+  """keep_BN: the group's standard deviation is above the floor (DAPO's dynamic sampling, arXiv:2503.14476).
 
   DAPO draws on until its batch is full of such groups; with a fixed batch the others leave it, and what is left is
   averaged over less.
   """
-  return reward_BGN.std(axis=1) > STD_FLOOR
+  return reward_BGN.std(axis=1) > floor
 
 
 def log_mean_exp(value_BGX):
@@ -116,9 +117,10 @@ class Advantage(NamedTuple):
   needs: the smallest G for which it is defined.
   scale: G -> expected score gradient / that of E r, where this is a number; None where its direction is another.
   bound: "M" if its reward must be an outcome and it credits the bound M; None if it takes any reward.
-  keep: reward_BGN -> keep_BN, the groups that stay in the batch; None keeps all.
+  keep: (reward_BGN, floor) -> keep_BN, the groups that stay in the batch; None keeps all.
   linear: A_g is r_g less a baseline of the others, so that what is subtracted from r_g may be added back elsewhere.
   baseline: the member of baselines.BASELINES that `of` is given; None for what needs the group only.
+  floored: `of` takes the floor of a group's standard deviation too, as floor=.
   """
 
   of: Callable
@@ -129,17 +131,18 @@ class Advantage(NamedTuple):
   keep: Callable | None = None
   linear: bool = False
   baseline: str | None = None
+  floored: bool = False
 
 
 ADVANTAGES = dict(
   none=Advantage(none, unbiased=True, needs=1, scale=lambda G: 1.0, linear=True),
   mean=Advantage(mean, unbiased=False, needs=2, scale=lambda G: (G - 1) / G),
   leave_one_out=Advantage(leave_one_out, unbiased=True, needs=2, scale=lambda G: 1.0, linear=True),
-  grpo=Advantage(grpo, unbiased=False, needs=2),
+  grpo=Advantage(grpo, unbiased=False, needs=2, floored=True),
   dr_grpo=Advantage(mean, unbiased=False, needs=2, scale=lambda G: (G - 1) / G),
   rlp=Advantage(rlp, unbiased=True, needs=2, scale=lambda G: 1.0, linear=True),
   quiet_star=Advantage(quiet_star, unbiased=False, needs=2),
-  dapo=Advantage(grpo, unbiased=False, needs=2, keep=varied),
+  dapo=Advantage(grpo, unbiased=False, needs=2, keep=varied, floored=True),
   ema=Advantage(less, unbiased=True, needs=1, scale=lambda G: 1.0, linear=True, baseline="running_mean"),
   value=Advantage(less, unbiased=True, needs=1, scale=lambda G: 1.0, linear=True, baseline="value"),
   greedy=Advantage(less, unbiased=True, needs=1, scale=lambda G: 1.0, linear=True, baseline="greedy"),

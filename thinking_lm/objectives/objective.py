@@ -20,14 +20,14 @@ import numpy as np
 from thinking_lm.config import option
 from thinking_lm.metrics import Mean
 from thinking_lm.objectives import exits
-from thinking_lm.objectives.advantages import ADVANTAGES, varied
+from thinking_lm.objectives.advantages import ADVANTAGES, STD_FLOOR, varied
 from thinking_lm.objectives.baselines import BASELINES, reward_of
 from thinking_lm.objectives.bounds import BOUNDS
 from thinking_lm.objectives.policy import ESTIMATORS, RATIOS, approximate_kl, bounded_exp, surrogate
 from thinking_lm.objectives.rewards import REWARDS, prefix_match
 from thinking_lm.objectives.scores import SCORES, score
 from thinking_lm.objectives.variates import VARIATES, variance
-from thinking_lm.types import Batch, Beside, Trace, Vocabulary
+from thinking_lm.types import Batch, Beside, Params, Trace, Vocabulary
 
 NOTHING = Beside()
 """Of an objective that asks for no other pass."""
@@ -53,6 +53,9 @@ class ObjectiveConfig:
   scoring: str = option("brier", "which scoring rule judges what a thought reports", choices=SCORES)
   calibration_weight: float = option(0.0, "of that score in the reward; needs thought.report", low=0)
   advantage: str = option("leave_one_out", "how the score term centres rewards", choices=ADVANTAGES)
+  std_floor: float = option(
+    STD_FLOOR, "rewards of a group that differ by less (their standard deviation) are the same: grpo, dapo", above=0
+  )
   control: float = option(0.0, "weight of a control variate in the score term, see thought.relaxation", low=0)
   variate: str = option("rebar", "control above 0: its variate, the relaxed reward or a learned one", choices=VARIATES)
   exact: bool = option(False, "draw nothing: nll_weight weighs the bound itself, summed over every thought there is")
@@ -88,12 +91,16 @@ class ObjectiveConfig:
       found.append(f"variate {self.variate!r} is read where control is above 0")
     if self.entropy_steps and not self.entropy_weight:
       found.append("entropy_steps is read where entropy_weight is above 0")
+    changed = lambda *names: [name for name in names if getattr(self, name) != getattr(ObjectiveConfig, name)]
     if not self.score_weight:
       found += [
         f"{name} {getattr(self, name)!r} is read by the score term, whose score_weight is 0"
-        for name in ("reward", "advantage")
-        if getattr(self, name) != getattr(ObjectiveConfig, name)
+        for name in changed("reward", "advantage", "std_floor")
       ]
+    if not self.kl_weight and changed("kl_estimator"):
+      found.append(f"kl_estimator {self.kl_estimator!r} is read where kl_weight is above 0")
+    if ADVANTAGES[self.advantage].baseline != "value" and changed("value_weight"):
+      found.append(f"value_weight is read by advantage 'value', got {self.advantage!r}")
     if self.exact and self.score_weight:
       found.append("exact has both terms of the gradient in the value that nll_weight weighs: set score_weight to 0")
     return found + (self._mismatches() if self.score_weight else []) + (self._control_faults() if self.control else [])
@@ -140,6 +147,18 @@ class ObjectiveConfig:
         "nll_weight and base_weight to 0, or use 'grpo'"
       )
     return found
+
+
+def estimating(params: Params) -> Params:
+  """The parameters, without gradient for heads that learn from losses of their own, of a baseline or a variate.
+
+  What these get estimates none of J, M and P.
+  """
+  heads = params.get("heads", {})
+  taught = {member.head for member in (*BASELINES.values(), *VARIATES.values())} & heads.keys()
+  return (
+    params | dict(heads=heads | jax.lax.stop_gradient({name: heads[name] for name in taught})) if taught else params
+  )
 
 
 def objective(
@@ -212,17 +231,18 @@ def _score(config, trace, beside, extra):
     control_BGN = config.control * VARIATES[config.variate].of(config, trace)
     credit_BGN -= jax.lax.stop_gradient(control_BGN)
   against = () if member.baseline is None else (BASELINES[member.baseline].of(config, trace, beside, extra),)
-  advantage_BGN = member.of(credit_BGN, *against)
-  keep_BN = trace.valid_BN & member.keep(reward_BGN) if member.keep else trace.valid_BN
+  options = dict(floor=config.std_floor) if member.floored else {}
+  advantage_BGN = member.of(credit_BGN, *against, **options)
+  keep_BN = trace.valid_BN & member.keep(reward_BGN, config.std_floor) if member.keep else trace.valid_BN
   score_BGN, moved = _likelihood(config, trace, beside, advantage_BGN)
   loss = -config.score_weight * (jnp.sum((score_BGN + control_BGN) * keep_BN[:, None]) / G)
   valid_BGN = jnp.broadcast_to(trace.valid_BN[:, None], (B, G, N))
   told = dict(
     reward=Mean.of(reward_BGN, valid_BGN),
     reward_std=Mean.of(reward_BGN.std(axis=1), trace.valid_BN),
-    flat_groups=Mean.of(~varied(reward_BGN), trace.valid_BN),
+    flat_groups=Mean.of(~varied(reward_BGN, config.std_floor), trace.valid_BN),
     advantage_abs=Mean.of(jnp.abs(advantage_BGN), valid_BGN),
-    length_reward=_correlation(trace.used_BGN.astype(jnp.float32), reward_BGN, trace.valid_BN),
+    length_reward=_length_reward(trace.used_BGN.astype(jnp.float32), reward_BGN, trace.valid_BN, config.std_floor),
   )
   if config.control and VARIATES[config.variate].head:
     left = lambda weight: variance(
@@ -239,12 +259,12 @@ def _score(config, trace, beside, extra):
   return loss, keep_BN, told | moved
 
 
-def _correlation(a_BGN, b_BGN, valid_BN) -> Mean:
-  """Of two numbers within a group; the mean over groups in which both vary."""
+def _length_reward(used_BGN, reward_BGN, valid_BN, floor: float) -> Mean:
+  """Correlation of length and reward within a group; the mean over groups in which both vary."""
   away = lambda x_BGN: x_BGN - x_BGN.mean(axis=1, keepdims=True)
-  a, b = away(a_BGN), away(b_BGN)
+  a, b = away(used_BGN), away(reward_BGN)
   scale_BN = jnp.sqrt(jnp.sum(a**2, axis=1) * jnp.sum(b**2, axis=1))
-  both_BN = valid_BN & varied(a_BGN) & varied(b_BGN)
+  both_BN = valid_BN & varied(used_BGN) & varied(reward_BGN, floor)
   return Mean.of(jnp.where(both_BN, jnp.sum(a * b, axis=1) / jnp.where(both_BN, scale_BN, 1.0), 0.0), both_BN)
 
 

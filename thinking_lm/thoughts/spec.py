@@ -89,6 +89,8 @@ class ThoughtConfig:
       found.append(f"samples {self.samples} of kind {self.kind!r} would all be equal: it draws nothing; use samples 1")
     if self.length and kind and kind.discrete and not self.temperature and self.samples > 1:
       found.append(f"samples {self.samples} at temperature 0 would all be equal; use samples 1")
+    if self.noise != ThoughtConfig.noise and self.kind != "noisy":
+      found.append(f"noise is read by kind 'noisy' only, got kind {self.kind!r}")
     if self.top_k and self.kind not in ("soft", "noisy"):
       found.append(f"top_k is read by kinds 'soft' and 'noisy' only, got kind {self.kind!r}")
     if self.topology == "private" and self.lookahead == 0:
