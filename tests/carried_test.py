@@ -190,6 +190,8 @@ RULES = [
   ({"objective.teacher_decay": 0.9}, "teacher_decay is read by the rewards that compare with no thought"),
   ({"objective.kl_reference": "somewhere"}, "kl_reference is read where kl_weight is above 0"),
   ({"objective.baseline_decay": 1.0}, "baseline_decay must be below 1"),
+  ({"objective.clip_high": 0.2}, "objective.clip_high 0.2 is read where train.updates is above 1"),
+  ({"objective.ratio": "sequence"}, "objective.ratio 'sequence' is read where train.updates is above 1"),
   ({"thought.kind": "latent", "thought.samples": 1, "objective.kl_weight": 0.1}, "objective.kl_weight needs thoughts"),
   ({"thought.kind": "noisy", "objective.advantage": "greedy"}, "'greedy' needs thought.kind 'sampled', got 'noisy'"),
   ({"objective.bound": "M", "objective.advantage": "ema", "thought.lookahead": 0}, "'ema' does not credit bound 'M'"),

@@ -189,6 +189,13 @@ RULES = [
   ({"thought.length": 1, "thought.placement": "stride", "thought.stride": 500}, "no thought fits into rows"),
   ({"thought.length": 1, "thought.kind": "sampled", "thought.temperature": 0.0, "thought.samples": 2}, "would all be"),
   ({"thought.top_k": 3}, "top_k is read by kinds 'soft' and 'noisy' only"),
+  ({"thought.noise": 0.1}, "noise is read by kind 'noisy' only"),
+  ({"objective.halt_prior": 0.5}, "objective.halt_prior is read by thought.halting ponder and router, got 'fixed'"),
+  ({"objective.scoring": "spherical"}, "objective.scoring 'spherical' judges what a thought reports"),
+  (
+    {"thought.length": 2, "thought.kind": "sampled", "thought.halting": "stop"},
+    "thought.halting 'stop' is a part of it that nothing teaches: objective.score_weight is 0",
+  ),
   ({"thought.temperature": -1.0, "train.steps": 30, "optimizer.warmup_steps": 40}, "do not fit into train.steps 30"),
 ]
 

@@ -50,6 +50,7 @@ def test_every_named_recipe_is_legal_on_a_start_and_keeps_to_known_options():
 OWN = dict(
   verifier=("solver", "discriminative", "written", "thinking"),
   placement=("every", "stride", "entropy", "proxy", "router"),
+  reading=("sentence", "stride", "entropy", "proxy", "router"),
 )
 """Recipes that only one config file knows."""
 

@@ -146,6 +146,12 @@ def test_verifiers(name):
   assert task.score(example, [*ids, ids[0]]) < 1.0
 
 
+def test_steps_are_looked_for_only_where_they_are_written():
+  task = tasks.build(TaskConfig(name="parity", length=4))
+  shown = task.example(0, "test", 0)
+  assert task.score(shown, b"9: " + shown.answer) == task.score(shown, b":" + shown.answer) == 0.0
+
+
 def test_label_accuracy_is_a_share():
   task = tasks.build(TaskConfig(group="Z2", length=4))
   example = task.example(0, "test", 0)

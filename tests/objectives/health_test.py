@@ -137,6 +137,7 @@ FAILURES = dict(
   looped=dict(repeated_pairs=0.75),
   distinct=dict(distinct_thoughts=0.3),
   rank=dict(thought_rank=0.0),
+  scale=dict(thought_scale=7.0),
   alike=dict(successive_cosine=0.9995),
   flat=dict(flat_groups=0.95),
   lengthy=dict(length_reward=0.95),

@@ -53,6 +53,11 @@ class HealthConfig:
   rank: float = option(
     0.5, "warn: effective dimensions of thoughts fall below; only equal ones have less than 1", low=0
   )
+  scale: float = option(
+    5.0,
+    "warn: inputs of continuous think tokens are so many times larger or smaller than embeddings at the start",
+    low=0,
+  )
   alike: float = option(0.999, "warn: cosine of successive continuous thoughts", low=0, high=1)
   flat: float = option(0.9, "warn: share of groups whose samples are all paid the same", low=0, high=1)
   lengthy: float = option(0.9, "warn: correlation of think tokens and reward within a group", low=0, high=1)
@@ -300,6 +305,7 @@ def rules(
   mismatch = c.mismatch or (0.05 if half_precision else 1e-4)
   uniform = c.entropy_uniform * math.log(vocabulary_size)
   around = (1 - c.ratio, 1 + c.ratio) if c.ratio else (None, None)
+  sizes = (1 / c.scale, c.scale) if c.scale else (None, None)
   distinct = c.distinct and (1 + c.distinct * (samples - 1)) / samples
   cure = "raise objective.entropy_weight, or lower the learning rate"
   fading = "gradients explode or vanish from think token to think token: shorten thoughts, or lower rates"
@@ -317,6 +323,7 @@ def rules(
     looped=_above(c.looped, "repeated_pairs", "thoughts go round in circles"),
     distinct=_below(distinct, "distinct_thoughts", f"a group has one thought: {cure}", value),
     rank=_below(c.rank, "thought_rank", "all thoughts are the same, or there are none", value),
+    scale=Rule(("thought_scale",), value("thought_scale"), *sizes, "thoughts are out of the scale of embeddings"),
     alike=_above(c.alike, "successive_cosine", "thoughts stand still"),
     flat=_above(c.flat, "flat_groups", "no signal: thoughts change nothing yet"),
     drift=_above(c.drift, "kl", "the policy jumps away from its reference", of_median),
