@@ -86,6 +86,21 @@ def test_noise_alone_is_no_bias(reference):
   assert parts["all"]["cosine"] > 0.99
 
 
+def test_a_cosine_says_how_far_it_is_known():
+  """Of estimates that are noise and nothing else it says next to nothing, of ones with little noise a little less."""
+  rng, wanted_X = np.random.default_rng(0), np.linspace(1, 2, 64)
+  for _ in range(20):
+    above = microscope._cosine_above(rng.normal(size=(40, 64)), wanted_X)
+    assert above is None or above < 0.3
+  few_KX = wanted_X + rng.normal(size=(40, 64))
+  cosine, above = microscope._cosine(few_KX, wanted_X), microscope._cosine_above(few_KX, wanted_X)
+  assert 0.99 < above < cosine <= 1
+  turned_X = np.roll(wanted_X, 20)
+  exactly = turned_X @ wanted_X / np.linalg.norm(wanted_X) ** 2
+  found = [microscope._cosine_above(turned_X + rng.normal(size=(40, 64)), wanted_X) for _ in range(200)]
+  assert np.mean(np.array(found) < exactly) > 0.9
+
+
 def test_a_reference_that_was_drawn_has_an_error_that_is_no_bias(reference):
   drawn = microscope.averaged(microscope.moments(known(0.0, 2.0), PARAMS, None, jax.random.key(5), 80), "80 draws")
   blur = microscope.describe(dict(J=drawn))["J"]["standard_error"]

@@ -107,7 +107,8 @@ def test_what_is_said_against_what_would_be_done():
 
 
 def test_an_evaluation_has_the_calibration_of_its_reference():
-  made = make(thought=dict(kind="sampled", length=3, report=1, topology="private"))
+  thought = dict(kind="sampled", length=3, report=1, topology="private", samples=2)
+  made = make(thought=thought, objective=dict(score_weight=1.0))
   found = run(made, controls=["own"]).calibration
   assert list(found.forecasts) == ["report", "softmax"]
   assert [forecasts.count_RK.sum() for forecasts in found.forecasts.values()] == [13 * 6] * 2

@@ -100,8 +100,8 @@ def test_every_control_puts_other_thoughts_in_and_counts_what_it_changed(topolog
   ("topology", "rescore"), leaving([("private", True), ("persistent", False)], [("private", True)])
 )
 def test_pause_lasts_as_long_as_the_thought_in_whose_place_it_stands(topology, rescore):
-  thought = dict(kind="sampled", length=3, halting="stop", topology=topology, rescore=rescore)
-  subject, params, runner = make(thought=thought)
+  thought = dict(kind="sampled", length=3, halting="stop", topology=topology, rescore=rescore, samples=2)
+  subject, params, runner = make(thought=thought, objective=dict(score_weight=1.0))
   batch = next(subject.data.evaluation_batches("validation", batch_size=13))
   own = jax.jit(functools.partial(subject.rollout, thought=runner.thought))(params, batch, KEY)
   turned, changed_BN = CONTROLS["pause"](Source(own.thoughts, own.valid_BN, params["embedding"][0], None, None))

@@ -25,17 +25,18 @@ from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.types import Batch, Beside, Thoughts
 
 V, T = 3, 3
-MODEL = Model(ModelConfig(layers=2, width=8, heads=2, kv_heads=1, mlp_width=12), V, heads=("value",))
+MODEL = Model(ModelConfig(layers=2, width=8, heads=2, kv_heads=1, mlp_width=12), V, heads=("value", "mix"))
 FIELDS = ("logp_BGT", "ahead_logp_BGNA", "outcome_BGN", "policy_logp_BGN", "entropy_BGN", "token_logp_BGNJ")
 
-# Topology, look-ahead, think tokens, anchors, halting: V^(tokens x anchors) = 9 thoughts of a row, 81 pairs; of those
-# that may stop 1 + 3 + 9, 169 pairs.
+# Topology, look-ahead, think tokens, anchors, halting, and mixing if there is any: V^(tokens x anchors) = 9 thoughts of
+# a row, 81 pairs; of those that may stop 1 + 3 + 9, 169 pairs.
 CASES = dict(
   private=("private", 1, 2, [1], "fixed"),
   ahead=("private", 2, 1, [0, 1], "fixed"),
   persistent=("persistent", 0, 1, [0, 1], "fixed"),
   short=("persistent", 1, 1, [0, 1], "fixed"),
   stop=("private", 1, 2, [1], "stop"),
+  mixed=("private", 2, 1, [0, 1], "fixed", "probability"),
 )
 
 
@@ -53,10 +54,10 @@ def enumerated(case, G):
   pull: cotangents of FIELDS -> gradient. beside: with the thoughts under another policy, and where their length is
   fixed with the log-probability after the greedy thoughts of each row.
   """
-  topology, lookahead, n, anchors, halting = CASES[case]
+  topology, lookahead, n, anchors, halting, *mixing = CASES[case]
   config = ThoughtConfig(
     **dict(kind="sampled", length=n, topology=topology, lookahead=lookahead, samples=G, temperature=0.8),
-    **dict(rotary="advance", halting=halting),
+    **dict(rotary="advance", halting=halting, mixing=mixing[0] if mixing else "none"),
   )
   N, words = len(anchors), [*range(V), *[STOP] * (halting == "stop")]
   one = [z for z in itertools.product(words, repeat=N * n) if STOP not in z[:-1] or set(z[z.index(STOP) :]) == {STOP}]
@@ -115,7 +116,7 @@ def value(case, bound, price, trace):
 
   Persistent thoughts change all targets together (there are none before the first), private ones those that they see.
   """
-  topology, _, _, anchors, _ = CASES[case]
+  topology, _, _, anchors, *_ = CASES[case]
   logs_BGT = trace.logp_BGT * trace.weights_BT[:, None]
   if topology == "persistent":
     units_BGU, free = logs_BGT.sum(axis=2, keepdims=True), []
@@ -183,6 +184,11 @@ HYBRID = ObjectiveConfig(nll_weight=1.0, score_weight=1.0, advantage="leave_one_
 def test_hybrid_expects_grad_J_and_nll_only_does_not(case):
   assert gap(case, HYBRID) < TOLERANCE
   assert gap(case, ObjectiveConfig(nll_weight=1.0, score_weight=0.0)) > CLEAR
+
+
+def test_mixed_predictions_have_an_expectation_of_their_own():
+  """Half of each prediction knows no thought, so that what is left out of its gradient counts for less."""
+  assert gap("mixed", HYBRID) < TOLERANCE < 20 * TOLERANCE < gap("mixed", ObjectiveConfig(score_weight=0.0))
 
 
 def test_a_persistent_thought_that_is_paid_for_one_token_only_is_biased():

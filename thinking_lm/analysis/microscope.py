@@ -157,11 +157,31 @@ def _with_error(means_KX: np.ndarray) -> tuple[float, float]:
   return value, math.sqrt((K - 1) / K * float(((left - left.mean()) ** 2).sum()))
 
 
+def _cosine(means_KX: np.ndarray, reference_X: np.ndarray) -> float | None:
+  """Of the expected estimate with g; None where its length cannot be told from noise."""
+  square, norm = _square(means_KX), float(np.linalg.norm(reference_X))
+  if square <= 0:
+    return None
+  return max(-1.0, min(1.0, float(means_KX.mean(axis=0) @ reference_X) / (math.sqrt(square) * norm)))
+
+
+def _cosine_above(means_KX: np.ndarray, reference_X: np.ndarray) -> float | None:
+  """The lower end of `_cosine` at two standard errors, by leaving out each group in turn; None as there."""
+  K, value = len(means_KX), _cosine(means_KX, reference_X)
+  if K == 1 or value is None:
+    return value
+  left = [_cosine(np.delete(means_KX, k, axis=0), reference_X) for k in range(K)]
+  if None in left:
+    return None
+  return max(-1.0, value - 2 * math.sqrt((K - 1) / K * float(((np.array(left) - np.mean(left)) ** 2).sum())))
+
+
 def compare(found: Moments, reference: Reference, flops: float) -> dict[str, dict[str, float | None]]:
   """part -> numbers of an estimator against a reference g.
 
   bias: ||E estimate - g|| / ||g||, and bias_below, its upper end at two standard errors. std: root of the summed
-  variance of one estimate, / ||g||. error: root mean squared ||estimate - g|| / ||g||. cosine: of E estimate with g.
+  variance of one estimate, / ||g||. error: root mean squared ||estimate - g|| / ||g||. cosine: of E estimate with g,
+  and cosine_above, its lower end at two standard errors, None where E estimate may as well be 0.
   signal: squared length of E estimate along g over the summed variance of one estimate, and signal_per_gflop; as n
   estimates have n times that signal at n times the FLOPs, the latter compares estimators of any cost. None where it is
   infinite or where g is 0.
@@ -175,21 +195,21 @@ def compare(found: Moments, reference: Reference, flops: float) -> dict[str, dic
     bias, doubt = _with_error(flat.means_KX - flat.reference_X)
     bias, doubt = bias - flat.blur, math.hypot(doubt, flat.blur)
     along = float(flat.means_KX.mean(axis=0) @ flat.reference_X) / norm
-    length = math.sqrt(max(_square(flat.means_KX), 0.0))
     signal = along**2 / flat.variance if flat.variance else None
     result[part] = dict(
       bias=math.sqrt(max(bias, 0.0)) / norm,
       bias_below=math.sqrt(max(bias, 0.0) + 2 * doubt) / norm,
       std=math.sqrt(flat.variance) / norm,
       error=math.sqrt(max(bias, 0.0) + flat.variance) / norm,
-      cosine=max(-1.0, min(1.0, along / length)) if length else None,
+      cosine=_cosine(flat.means_KX, flat.reference_X),
+      cosine_above=_cosine_above(flat.means_KX, flat.reference_X),
       signal=signal,
       signal_per_gflop=None if signal is None else signal / (flops / 1e9),
     )
   return result
 
 
-NUMBERS = ("bias", "bias_below", "std", "error", "cosine", "signal", "signal_per_gflop")
+NUMBERS = ("bias", "bias_below", "std", "error", "cosine", "cosine_above", "signal", "signal_per_gflop")
 
 
 def examine(

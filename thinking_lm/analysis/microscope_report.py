@@ -4,12 +4,13 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from thinking_lm.analysis.microscope import parts
+from thinking_lm.analysis.microscope import NUMBERS, parts
 from thinking_lm.errors import ConfigError
 
 LEGEND = (
   "bias: |E estimate - g| / |g|, (<) its upper end at two standard errors; std: of one estimate, / |g|; error: root "
-  "mean squared |estimate - g| / |g|; cosine: of E estimate with g; signal: |E estimate along g|^2 / variance"
+  "mean squared |estimate - g| / |g|; cosine: of E estimate with g, (>) its lower end at two standard errors; signal: "
+  "|E estimate along g|^2 / variance"
 )
 
 
@@ -32,10 +33,10 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def _against(bound: str, reference: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-  rows = [["estimator", "bias", "(<)", "std", "error", "cosine", "signal", "signal/GFLOP", "ESS", "flat groups"]]
+  rows = [["estimator", "bias", "(<)", "std", "error", "cosine", "(>)", "signal", "signal/GFLOP", "ESS", "flat groups"]]
   for name, found in result.items():
     n = found["against"][bound]["all"]
-    cells = [n["bias"], n["bias_below"], n["std"], n["error"], n["cosine"], n["signal"], n["signal_per_gflop"]]
+    cells = [n[what] for what in NUMBERS]
     rows.append([name, *map(number, cells), number(found["effective_samples"]), number(found["flat_groups"])])
   error = f", standard error {number(reference['standard_error'])}" if reference["standard_error"] else ""
   return f"against g = grad {bound}, {reference['how']}; |g| {number(reference['norm'])}{error}\n{aligned(rows)}"
