@@ -204,6 +204,13 @@ def test_a_drawn_stop_is_paid_for_and_so_is_what_it_saves(price):
     assert near(got, exact("stop", "J", price)) and not near(got, exact("stop", "J", price + 0.3))
 
 
+@pytest.mark.parametrize("advantage", leaving(["vimco", "jepo"], ["vimco"]))
+def test_bound_m_less_a_price_is_what_it_expects(advantage):
+  config = ObjectiveConfig(score_weight=1.0, bound="M", advantage=advantage, price=0.3)
+  got = -expectation("stop", config)
+  assert near(got, exact("stop", "M", 0.3)) and not near(got, exact("stop", "M", 0.0))
+
+
 REWARDS_OF = dict(J="log_prob", M="log_prob", P="prob")
 
 

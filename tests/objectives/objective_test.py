@@ -203,7 +203,6 @@ FAULTS = [
   (dict(bound="M", advantage="vimco", reward="exact_match"), "bound 'M' pays for log_prob or info_gain"),
   (dict(bound="M"), "'leave_one_out' does not credit bound 'M', whose score term needs one of: vimco, jepo"),
   (dict(advantage="vimco"), "'vimco' does not credit bound 'J', whose score term needs one of: none, mean"),
-  (dict(bound="M", advantage="jepo", price=0.1), "price needs bound 'J' or 'P'"),
   (dict(advantage="dapo"), "which the NLL terms do not share"),
   (dict(nll_weight=0.0, score_weight=0.0), "nothing to learn"),
   (dict(score_weight=0.0, advantage="grpo"), "advantage 'grpo' is read by the score term, whose score_weight is 0"),

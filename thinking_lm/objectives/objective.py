@@ -20,7 +20,7 @@ import numpy as np
 from thinking_lm.config import option
 from thinking_lm.metrics import Mean
 from thinking_lm.objectives import exits
-from thinking_lm.objectives.advantages import ADVANTAGES, STD_FLOOR, varied
+from thinking_lm.objectives.advantages import ADVANTAGES, STD_FLOOR, leave_one_out, varied
 from thinking_lm.objectives.baselines import BASELINES, reward_of
 from thinking_lm.objectives.bounds import BOUNDS
 from thinking_lm.objectives.policy import ESTIMATORS, RATIOS, approximate_kl, bounded_exp, surrogate
@@ -138,9 +138,6 @@ class ObjectiveConfig:
       found.append(
         f"advantage {self.advantage!r} does not credit bound {self.bound!r}, whose score term needs one of: {credits}"
       )
-    for name in ("price", "calibration_weight"):
-      if self.bound == "M" and getattr(self, name):
-        found.append(f"{name} needs bound 'J' or 'P': it is a sum over thoughts, bound 'M' a logarithm over the group")
     if member.keep and (self.nll_weight or self.base_weight):
       found.append(
         f"advantage {self.advantage!r} averages over the groups that it keeps, which the NLL terms do not share: set "
@@ -231,8 +228,7 @@ def _score(config, trace, beside, extra):
     control_BGN = config.control * VARIATES[config.variate].of(config, trace)
     credit_BGN -= jax.lax.stop_gradient(control_BGN)
   against = () if member.baseline is None else (BASELINES[member.baseline].of(config, trace, beside, extra),)
-  options = dict(floor=config.std_floor) if member.floored else {}
-  advantage_BGN = member.of(credit_BGN, *against, **options)
+  advantage_BGN = _advantage(config, member, credit_BGN, against, trace, beside)
   keep_BN = trace.valid_BN & member.keep(reward_BGN, config.std_floor) if member.keep else trace.valid_BN
   score_BGN, moved = _likelihood(config, trace, beside, advantage_BGN)
   loss = -config.score_weight * (jnp.sum((score_BGN + control_BGN) * keep_BN[:, None]) / G)
@@ -257,6 +253,17 @@ def _score(config, trace, beside, extra):
     loss += config.value_weight * jnp.sum(error_BGN) / G
     told |= dict(value_explained=Mean(jnp.sum(plain_BGN - error_BGN), jnp.sum(plain_BGN)))
   return loss, keep_BN, told | moved
+
+
+def _advantage(config, member, credit_BGN, against, trace, beside):
+  """A_g of a group. Of bound M, a logarithm over the group: its credit for the outcomes, and for what is added to each
+  thought's reward (a price, a score of its report), whose mean over thoughts is an expectation, leave-one-out.
+  """
+  options = dict(floor=config.std_floor) if member.floored else {}
+  if member.bound != "M" or not (config.price or config.calibration_weight):
+    return member.of(credit_BGN, *against, **options)
+  outcome_BGN = reward_of(dataclasses.replace(config, price=0.0, calibration_weight=0.0), trace, beside)
+  return member.of(outcome_BGN) + leave_one_out(credit_BGN - outcome_BGN)
 
 
 def _length_reward(used_BGN, reward_BGN, valid_BN, floor: float) -> Mean:
