@@ -24,7 +24,7 @@ from thinking_lm.beside import passes
 from thinking_lm.config import option
 from thinking_lm.data import pipeline
 from thinking_lm.data.rows import assemble
-from thinking_lm.errors import ConfigError
+from thinking_lm.errors import ConfigError, DataError
 from thinking_lm.evaluation.health import Examination
 from thinking_lm.evaluation.hook import EvaluationConfig, hooks
 from thinking_lm.metrics import Mean
@@ -50,6 +50,7 @@ from thinking_lm.training.optimizer import OptimizerConfig, schedule_faults
 from thinking_lm.training.state import TrainState, create
 from thinking_lm.training.state import key as random_key
 from thinking_lm.training.state import shardings as state_shardings
+from thinking_lm.training.warm import first_params
 from thinking_lm.training.workdir import resolve
 from thinking_lm.types import Batch, Beside, Carried, Layout, Params, Thoughts, Trace
 
@@ -112,6 +113,9 @@ def parse(values: Mapping[str, Any], here: bool = False) -> ExperimentConfig:
     raise ConfigError(faults)
   return config
 
+
+OPTIONAL = ("heads/",)
+"""Names of parameters that those of another run may lack, see `warm.start`."""
 
 PROMPT_MULTIPLE = 32
 """Prompts are padded to a multiple of this, so that prompts of about one length share a compilation."""
@@ -208,7 +212,7 @@ class Experiment:
       carry_update=functools.partial(carry.update, c.objective),
       carry_from={"reference": c.objective.kl_reference} if c.objective.kl_reference else {},
       draw_fn=self.draw,
-      optional=("heads/",),
+      optional=OPTIONAL,
     )
 
   def _watch(self) -> Watch | None:
@@ -234,7 +238,16 @@ class Experiment:
         term = self.with_sections(objective=dataclasses.replace(goal, entropy_weight=0.0, kl_weight=0.0, **change))
         terms[name] = lambda params, *rest, loss_fn=term.loss_fn: loss_fn(estimating(params), *rest)
     key = random_key(c.train.seed, "evaluate")
-    return (Examination(c.health.every, c.evaluation.split, c.train.batch_size, self, key, put, terms),)
+    return (Examination(c.health.every, c.evaluation.split, c.train.batch_size, self, key, put, terms, self._first),)
+
+  def _first(self, params: Params) -> Params | None:
+    """The parameters that the run started with, laid out as these; None where they are gone (train.init_from)."""
+    layout = jax.tree.map(lambda leaf: leaf.sharding, params)
+    try:
+      return first_params(self.config.train, self.init, OPTIONAL, layout)
+    except (ConfigError, DataError) as error:
+      logging.warning("kl_start is not logged: %s", error)
+      return None
 
   def with_sections(self, **sections) -> "Experiment":
     """The same experiment with other config sections, on the same data and model."""

@@ -21,6 +21,7 @@ from thinking_lm.training.state import TrainState
 from thinking_lm.training.writers import read_rows
 from thinking_lm.types import Carried
 
+SCORED = dict(score_weight=1.0)
 TWO = dict(kind="sampled", length=2, topology="persistent", samples=2, lookahead=0)
 
 
@@ -127,6 +128,32 @@ def test_rotary_positions_that_differ_between_sampler_and_learner_are_a_mismatch
   assert not any(alarms[name].broken(sound[f"sampler_{name}"]) for name in ("mismatch", "ratio")), sound
 
 
+@pytest.mark.parametrize("thought", [TWO, dict(kind="noisy", length=1, topology="private", samples=2)])
+def test_how_far_the_policy_is_from_the_first_one_is_told(thought):
+  """By hand: the first parameters' thoughts, under them and under others."""
+  subject, first, _ = harness.make(thought=thought, objective=SCORED)
+  moved = jax.tree.map(lambda leaf: 0.9 * leaf, first)
+  put = lambda batch: jax.tree.map(jnp.asarray, batch)
+  calls = []
+  look = Examination(1, "validation", 8, subject, harness.KEY, put, {}, lambda params: calls.append(params) or first)
+  look._look = lambda params, batch: {}
+  found = [look(0, TrainState(0, params, None, None, None, {})) for params in (first, moved)]
+  assert len(calls) == 1 and set(found[0]) == {"kl_start_k1", "kl_start_k3"}
+  np.testing.assert_allclose(list(found[0].values()), 0, atol=1e-5)
+  one = dataclasses.replace(subject.config.thought, samples=1)
+  batch, roll = look._rows(), jax.jit(subject.rollout, static_argnames="thought")
+  own = roll(first, batch, harness.KEY, thought=one)
+  drawn = own.thoughts
+  if thought is TWO:
+    drawn = drawn.replace(inputs_BGNJD=subject.model.bind(moved).embed(drawn.tokens_BGNJ))
+  other = roll(moved, batch, harness.KEY, given=drawn, thought=one)
+  away_J = np.asarray(own.token_logp_BGNJ - other.token_logp_BGNJ)[np.asarray(own.chosen_BGNJ)]
+  count = np.asarray(own.valid_BN).sum()
+  assert found[1]["kl_start_k1"] == pytest.approx(away_J.sum() / count, rel=1e-4)
+  assert found[1]["kl_start_k3"] == pytest.approx((np.exp(-away_J) - 1 + away_J).sum() / count, rel=1e-4)
+  assert found[1]["kl_start_k3"] > 1e-3
+
+
 def test_signal_to_noise_is_that_of_the_mean_gradient():
   """Many batches of eight rows, whose gradients are a true one and noise."""
   rng, true, std = np.random.default_rng(0), np.array([1.0, -2.0, 0.5]), 3.0
@@ -139,9 +166,6 @@ def test_signal_to_noise_is_that_of_the_mean_gradient():
   found = jax.vmap(norm_and_snr)(*halves)
   np.testing.assert_allclose(found["norm"], np.linalg.norm(rows.mean(axis=1), axis=1), rtol=1e-5)
   np.testing.assert_allclose(found["snr"], (a * b).sum(axis=1) / (((a - b) ** 2).sum(axis=1) / 4), rtol=1e-4)
-
-
-SCORED = dict(score_weight=1.0)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +205,16 @@ def test_a_heads_own_loss_is_no_part_of_the_score_terms_gradient():
   carried = Carried(step=0, extra=carry.init(subject.config.objective, params))
   grads, _ = look._terms["score"](params, look._rows(), harness.KEY, carried, 0)
   assert optax.tree.norm(grads["heads"]) == 0 < optax.tree.norm(grads["embedding"])
+
+
+def test_first_parameters_that_are_gone_are_said_and_not_missed(tmp_path, caplog):
+  values = harness.config(
+    thought=TWO | dict(topology="private", lookahead=1), train=dict(init_from=str(tmp_path / "gone"))
+  )
+  built = experiment.build(experiment.parse(values))
+  with caplog.at_level(logging.WARNING):
+    assert built._first(jax.jit(built.init)(jax.random.key(0))) is None
+  assert "kl_start is not logged: " in caplog.text
 
 
 def test_rank_counts_directions():
@@ -226,8 +260,9 @@ def test_a_run_logs_signs_and_examinations_and_says_its_alarms(tmp_path, caplog)
   looks = [row for row in rows if "effect_none" in row]
   assert [row["step"] for row in looks] == [3, 4]
   wanted = {"effect_shuffled", "sampler_mismatch", "nll_grad_norm", "score_grad_norm", "thought_rank"}
-  wanted |= {"nll_grad_snr", "score_grad_snr", "sampler_ratio", "think_entropy_lowest"}
+  wanted |= {"kl_start_k1", "kl_start_k3", "nll_grad_snr", "score_grad_snr", "sampler_ratio", "think_entropy_lowest"}
   assert wanted <= looks[0].keys() and looks[0]["score_grad_norm"] > 0
+  assert 0 < looks[0]["kl_start_k3"] < looks[1]["kl_start_k3"]
   assert rows[0]["alarm_repeated"] == 1 and "repeated at step 1" in caplog.text
 
 

@@ -12,7 +12,9 @@ pi of what was drawn, of the think token for which it is lowest, the first, the 
 nll_grad_norm, score_grad_norm: norms of the two terms' gradients, as weighted, in nats per target, the former with that
 of the targets without thoughts, if both have a weight. nll_grad_snr, score_grad_snr: signal to noise of these, squared
 norm of the expected gradient over the variance of this batch's, from its even and its odd rows, which disagree by noise
-alone; an estimate, which may be below 0. chain_grad_first, chain_grad_last: norms of the gradient, in nats per target,
+alone; an estimate, which may be below 0. kl_start_k1, kl_start_k3: KL(policy of the run's first parameters || policy),
+nats a thought, by thoughts that the former draws, as two estimates: the mean of log pi_start - log pi, and Schulman's
+k3, which is never negative. chain_grad_first, chain_grad_last: norms of the gradient, in nats per target,
 that reaches the first and the last think token of thoughts whose tokens are made one from another; of one-token
 thoughts that stay in the context, of the first and the last in a row. thought_rank: effective dimensions of the last
 think inputs, (sum of variances)^2 / sum of squared covariances.
@@ -29,8 +31,10 @@ import optax
 from thinking_lm.errors import ConfigError
 from thinking_lm.evaluation.controls import Source, counted, pause, shuffled
 from thinking_lm.evaluation.evaluators import Subject
+from thinking_lm.model.rollout import actions
 from thinking_lm.objectives.bounds import BOUNDS
-from thinking_lm.types import Batch, Carried, Params, Trace
+from thinking_lm.objectives.policy import approximate_kl
+from thinking_lm.types import Batch, Carried, Params, Thoughts, Trace
 
 ROUNDING = 1e-10
 """Variance of vectors, as a share of their squared mean, up to which they are the same: float32 has steps of 1e-7."""
@@ -42,6 +46,8 @@ class Examination:
   Args:
     terms: nll, score -> the loss function of that term alone; see `training.step.LossFn`.
     put: this process' rows of a batch -> the global batch on the devices.
+    first: parameters, for their shardings -> those that the run started with, None if they are gone; called once, and
+      not kept: a run that is started again makes them again.
   """
 
   def __init__(
@@ -53,6 +59,7 @@ class Examination:
     key: jax.Array,
     put: Callable[[Batch], Batch],
     terms: Mapping[str, Callable],
+    first: Callable[[Params], Params | None] | None = None,
   ):
     if not subject.data.rows(split):
       raise ConfigError(f"evaluation.split={split} has no rows to examine; name another one, or health.every=0")
@@ -62,12 +69,22 @@ class Examination:
     self._look = jax.jit(self._effects)
     self._terms = {name: jax.jit(of_half(term)) for name, term in terms.items()}
     self._batch: Batch | None = None
+    self._first = first if self._thought.kind_of.policy else None
+    self._drawn: tuple[Thoughts, jax.Array, jax.Array] | None = None
+    self._draw, self._move = jax.jit(self._start), jax.jit(self._moved)
 
   def __call__(self, step: int, state: Any) -> Mapping[str, float]:
     """Numbers of the state's parameters."""
     del step
     batch = self._rows()
     found = self._look(state.params, batch)
+    if self._first is not None:
+      if self._drawn is None and (first := self._first(state.params)) is not None:
+        self._drawn = self._draw(first, batch)
+      if self._drawn is None:
+        self._first = None
+      else:
+        found |= self._move(state.params, batch, self._drawn)
     carried = Carried(step=state.step, extra=state.extra)
     for name, gradient in self._terms.items():
       halves = [gradient(state.params, batch, self._key, carried, half) for half in (0, 1)]
@@ -104,6 +121,21 @@ class Examination:
     if thought.kind_of.policy:
       found |= self._mismatch(params, batch, own)
     return found
+
+  def _start(self, params: Params, batch: Batch) -> tuple[Thoughts, jax.Array, jax.Array]:
+    """What the first policy draws: thoughts, log pi of their tokens, which of these it chose."""
+    own = self._subject.rollout(params, batch, self._key, thought=self._thought)
+    return own.thoughts, own.token_logp_BGNJ, own.chosen_BGNJ
+
+  def _moved(self, params: Params, batch: Batch, drawn) -> dict[str, jax.Array]:
+    """How far the policy is from the one that drew."""
+    thoughts, before_BGNJ, chosen_BGNJ = drawn
+    given = actions(self._subject.model.bind(params), self._thought, thoughts)
+    trace = self._subject.rollout(params, batch, self._key, given=given, thought=self._thought)
+    delta_BGNJ = trace.token_logp_BGNJ - before_BGNJ
+    count = jnp.maximum(trace.valid_BN.sum(), 1)
+    mean = lambda a_BGNJ: jnp.sum(jnp.where(chosen_BGNJ, a_BGNJ, 0)) / count
+    return dict(kl_start_k1=mean(-delta_BGNJ), kl_start_k3=mean(approximate_kl(delta_BGNJ)))
 
   def _replaced(self, params: Params, batch: Batch, own: Trace) -> dict[str, jax.Array]:
     """What other thoughts in place of `own` cost, side by side as two samples of one pass."""

@@ -44,14 +44,18 @@ def start(path: str, params: types.Params, optional: tuple[str, ...] = ()) -> ty
   return jax.tree.unflatten(jax.tree.structure(params), values)
 
 
+def first_params(train: Any, init_fn: Any, optional: tuple[str, ...], shardings: Any) -> types.Params:
+  """The parameters before the first step of a run; train: its `loop.TrainConfig`. Raises what `start` does."""
+  params = jax.jit(init_fn, out_shardings=shardings)(key(train.seed, "init"))
+  return start(train.init_from, params, optional) if train.init_from else params
+
+
 def first_state(run: Any, made: Any) -> TrainState:
   """The state before the first step of a `loop.Run`, whose `loop.Program` was made."""
-  init_key = key(run.train.seed, "init")
   if run.train.init_from:
-    params = jax.jit(run.init_fn, out_shardings=made.shardings.params)(init_key)
-    params = start(run.train.init_from, params, run.optional)
+    params = first_params(run.train, run.init_fn, run.optional, made.shardings.params)
     state = jax.jit(made.create, out_shardings=made.shardings)(params)
   else:
-    state = jax.jit(made.init, out_shardings=made.shardings)(init_key)
+    state = jax.jit(made.init, out_shardings=made.shardings)(key(run.train.seed, "init"))
   copies = {name: start(path, state.extra[name], run.optional) for name, path in run.carry_from.items()}
   return state.replace(extra=state.extra | copies)
