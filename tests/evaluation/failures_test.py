@@ -47,7 +47,7 @@ class World:
   def row(self, params, older) -> dict[str, float]:
     """All that a run would log."""
     reference = turned(sound(), moved(0.05, seed=1))
-    state = TrainState(jnp.int32(0), params, None, None, None, dict(reference=reference))
+    state = TrainState(jnp.int32(0), jax.tree.map(jnp.asarray, params), None, None, None, dict(reference=reference))
     return values(self.told(params, older, reference)) | self.look(0, state)
 
 
