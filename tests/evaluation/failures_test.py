@@ -181,6 +181,19 @@ def test_a_cell_that_hands_on_what_it_got_stands_still():
   assert watch(1, values(told(turned(params, deaf)))) == dict(alarm_alike=1.0)
 
 
+def test_thoughts_out_of_the_scale_of_embeddings_raise_an_alarm():
+  """A linear map of the state to the next input, as it starts and with entries ten times as large."""
+  subject, params, _ = harness.make(
+    thought=dict(kind="latent", length=2, topology="private"), model=dict(latent_map="linear")
+  )
+  told = jax.jit(lambda params: signs(subject.rollout(params, world().batch, harness.KEY), subject.config.thought))
+  watch = Watch(rules(HealthConfig(), 7, False, tokens=False), History, patience=1)
+  assert watch(0, values(told(params))) == {}
+  loud = turned(params)
+  loud["latent"] *= 10
+  assert watch(1, values(told(loud))) == dict(alarm_scale=1.0)
+
+
 def test_noise_is_not_judged_as_tokens_are():
   """A sound run of a kind whose density has the entropy of its noise, -28 nats here, whatever it thinks."""
   subject, params, _ = harness.make(
