@@ -3,12 +3,15 @@
 Purpose: does a reader of a textbook gain by pausing where a sentence ends? A latent thought after each sentence end of
 the embedded corpus (one in 147 bytes), against as many at regular places, where the model itself is unsure, where a
 frozen one without thoughts is, and where a router says. Recipes: none, sentence, stride, entropy, proxy, router.
-Command: python -m thinking_lm.frontier --config=configs/reading.py --root=runs/reading --seeds=3 none sentence \
-  stride entropy 'proxy,thought.proxy=runs/reading/none-{seed}'
+Command: python -m thinking_lm.frontier --config=configs/reading.py --root=runs/reading --seeds=3 none \
+  sentence,thought.topology=private stride,thought.topology=private entropy,thought.topology=private \
+  'proxy,thought.topology=private,thought.proxy=runs/reading/none-{seed}' router
 (none comes first: it is the proxy; thought.need_above is about what `thinking_lm.calibrate --shares=0.0068` says of
-it.) Those thoughts stay in the context. Only private ones, which the next byte alone sees, are routed: beside the arm
-router belong sentence, stride and entropy with ,thought.topology=private, and the router's own runs evaluated at as
-many thoughts (`calibrate` prints the VALUE for `evaluate --thought=stop_at=VALUE`).
+it.) The router is compared at as many thoughts: python -m thinking_lm.calibrate --workdir=runs/reading/router-0 \
+  --shares=0.0068 prints the VALUE for python -m thinking_lm.evaluate --workdir=runs/reading/router-0 --split=test \
+  --thought=stop_at=VALUE
+Only private thoughts, which the next byte alone sees, are routed. Without thought.topology=private the others stay in
+the context, which was not run: ten minutes a run on one core.
 Measured: see "Where to think while reading" in BUILD_NOTES.md.
 """
 

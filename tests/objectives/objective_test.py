@@ -18,6 +18,7 @@ from thinking_lm.errors import ConfigError
 from thinking_lm.objectives.advantages import ADVANTAGES
 from thinking_lm.objectives.objective import ObjectiveConfig, objective
 from thinking_lm.objectives.rewards import REWARDS
+from thinking_lm.objectives.scores import score
 from thinking_lm.training.state import make_init
 from thinking_lm.training.step import StepConfig, make_train_step
 from thinking_lm.types import Beside, Carried
@@ -61,7 +62,16 @@ def hits(params):
   return bandit.target_logp(params, bandit.groups(1))[1].all(axis=2).reshape(bandit.C, bandit.Z)
 
 
+def extras(z, logs, params):
+  """0.7 times the Brier score of what each thought reports, less 0.5 a think token, [C, Z]."""
+  del logs, params
+  report = bandit.report(bandit.groups(1))
+  score_BGN = score("brier", report) * report.weight_BN[:, None]
+  return 0.7 * score_BGN.reshape(bandit.C, bandit.Z) - 0.5 * (z % 3 + 1)
+
+
 SCORE = dict(nll_weight=0.0, score_weight=1.0)
+EXTRAS = dict(price=0.5, calibration_weight=0.7)
 GRADIENTS = dict(
   J=(dict(), lambda p: bandit.exact(p)["J"]),
   J_info_gain=(dict(reward="info_gain"), lambda p: bandit.exact(p)["J"]),
@@ -70,6 +80,10 @@ GRADIENTS = dict(
   P_none=(dict(bound="P", reward="prob", advantage="none"), lambda p: bandit.exact(p)["P"]),
   M_vimco=(dict(bound="M", advantage="vimco"), lambda p: bandit.sampled_bound(p, 2)),
   M_jepo=(dict(bound="M", advantage="jepo"), lambda p: bandit.sampled_bound(p, 2)),
+  M_extras=(
+    EXTRAS | dict(bound="M", advantage="jepo"),
+    lambda p: bandit.sampled_bound(p, 2) + expected_value(extras)(p),
+  ),
   price=(SCORE | dict(price=0.5), expected_value(lambda z, logs, p: logs - 0.5 * (z % 3 + 1))),
   exact_match=(SCORE | dict(reward="exact_match"), expected_value(lambda z, logs, p: hits(p).astype(float))),
   entropy=(
@@ -152,6 +166,18 @@ def test_a_reference_pulls_at_no_group_that_dapo_leaves_out(name, pulls):
 
   with jax.enable_x64(True):
     assert flat(jax.jit(jax.grad(loss))(bandit.parameters())).any() == pulls
+
+
+def test_the_floor_of_a_group_is_the_configs():
+  """Of its z-scores, of the groups that stay, and of those that are told as flat."""
+  with jax.enable_x64(True):
+    trace = bandit.traced(bandit.groups(2)[:2])
+    trace = trace.replace(outcome_BGN=jnp.array([[-2.0, -2.0004], [-2.0, -3.0]])[:, :, None])
+    told = lambda name, floor: objective(ObjectiveConfig(**SCORE, advantage=name, std_floor=floor), trace)[1]
+    for floor, flat_groups, kept, size in ((1e-3, 1, 2, 0.6), (1e-5, 0, 4, 1.0)):
+      assert float(told("grpo", floor)["flat_groups"].total) == flat_groups
+      assert float(told("dapo", floor)["loss"].count) == kept
+      assert float(told("grpo", floor)["advantage_abs"].total) == pytest.approx(4 * size, rel=1e-6)
 
 
 def test_dapo_filters_groups_that_hardly_vary():

@@ -132,7 +132,8 @@ OPTIONS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 def fingerprint(lowered: jax.stages.Lowered, mesh: Mesh) -> str:
   """A digest of all that a compiler is given: the program, the devices in their order, its version and its options.
 
-  What has the same fingerprint compiles to the same thing and need not be compiled again.
+  What has the same fingerprint compiles to the same thing and need not be compiled again, as long as LEVELS, which all
+  parts share, stays what it is.
   """
   kinds = sorted({device.device_kind for device in mesh.devices.flat})
   devices = [[device.id, getattr(device, "slice_index", 0)] for device in mesh.devices.flat]

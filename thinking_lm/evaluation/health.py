@@ -78,13 +78,11 @@ class Examination:
     del step
     batch = self._rows()
     found = self._look(state.params, batch)
-    if self._first is not None:
-      if self._drawn is None and (first := self._first(state.params)) is not None:
-        self._drawn = self._draw(first, batch)
-      if self._drawn is None:
-        self._first = None
-      else:
-        found |= self._move(state.params, batch, self._drawn)
+    make, self._first = self._first, None
+    if make is not None and (first := make(state.params)) is not None:
+      self._drawn = self._draw(first, batch)
+    if self._drawn is not None:
+      found |= self._move(state.params, batch, self._drawn)
     carried = Carried(step=state.step, extra=state.extra)
     for name, gradient in self._terms.items():
       halves = [gradient(state.params, batch, self._key, carried, half) for half in (0, 1)]

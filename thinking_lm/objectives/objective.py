@@ -54,7 +54,7 @@ class ObjectiveConfig:
   calibration_weight: float = option(0.0, "of that score in the reward; needs thought.report", low=0)
   advantage: str = option("leave_one_out", "how the score term centres rewards", choices=ADVANTAGES)
   std_floor: float = option(
-    STD_FLOOR, "rewards of a group that differ by less (their standard deviation) are the same: grpo, dapo", above=0
+    STD_FLOOR, "rewards of a group whose standard deviation is below are the same: to grpo, dapo, flat_groups", above=0
   )
   control: float = option(0.0, "weight of a control variate in the score term, see thought.relaxation", low=0)
   variate: str = option("rebar", "control above 0: its variate, the relaxed reward or a learned one", choices=VARIATES)
@@ -153,9 +153,9 @@ def estimating(params: Params) -> Params:
   """
   heads = params.get("heads", {})
   taught = {member.head for member in (*BASELINES.values(), *VARIATES.values())} & heads.keys()
-  return (
-    params | dict(heads=heads | jax.lax.stop_gradient({name: heads[name] for name in taught})) if taught else params
-  )
+  if not taught:
+    return params
+  return params | dict(heads=heads | jax.lax.stop_gradient({name: heads[name] for name in taught}))
 
 
 def objective(
