@@ -126,7 +126,7 @@ def _compiled(directory: pathlib.Path, name: str, entry: dict, parts: list[str],
   values = runpy.run_path(str(directory / f"{file}.py"))["get_config"](recipe)
   chip, devices, groups = chips.pod(entry["topology"], entry.get("slices", 1))
   parts = [part for part in entry["parts"] if part in parts]
-  known = {} if again else {part: kept.get("fingerprint") for part, kept in entry.get("budget", {}).items()}
+  known = budgets.known(entry, again)
   return budgets.record(pods.plan(_sketch(values), chip, devices, groups, parts, decode, known))
 
 

@@ -94,6 +94,8 @@ def test_what_has_not_changed_is_not_compiled_again(plan, monkeypatch):
   assert budgets.faults(kept | dict(train=kept["train"] | dict(peak_gib=1e3)), found) == [
     "train does not fit: 1000.0 GiB"
   ]
+  assert budgets.known(dict(budget=kept), again=False) == known
+  assert budgets.known(dict(budget=kept), again=True) == {} == budgets.known(dict(topology="v5e:2x2"), again=False)
   other = sketch(**{"optimizer.b1": 0.8})
   monkeypatch.setattr(ahead, "LEVELS", ("O1",))
   changed = planned(other, known=known)

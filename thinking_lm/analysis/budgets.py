@@ -47,6 +47,12 @@ def budget(found: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
+def known(entry: Mapping[str, Any], again: bool) -> dict[str, str]:
+  """The fingerprints of an entry of a budget file: its parts that need not be compiled. again: all of them have to."""
+  kept = {} if again else entry.get("budget", {})
+  return {part: each["fingerprint"] for part, each in kept.items() if "fingerprint" in each}
+
+
 def faults(kept: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
   """Lines about everything that is above its budget, or that does not fit; a part without a budget need only fit."""
   usable = found["chip"]["usable"] / GIB
