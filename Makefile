@@ -15,7 +15,7 @@ PYTEST = NPROC=1 OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "  %-18s %s\n", $$1, $$2 }'
 
-quickstart: .venv/.installed  ## the main job: what thinking buys, in one table (at most 6 minutes on 2 cores)
+quickstart: .venv/.installed  ## the main job: what thinking buys, in one table (3 minutes on 2 idle cores, 10 on busy ones)
 	.venv/bin/python -m thinking_lm.quickstart $(ARGS)
 
 test: .venv/.installed  ## run the tests

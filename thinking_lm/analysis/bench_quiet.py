@@ -4,7 +4,8 @@ The stand-in is ours, written from the paper (Zelikman et al. 2024, arXiv:2403.0
 authors' code, and is kinder to it. Each think token of all positions is a full pass of T queries, whose keys are
 concatenated to those of the passes before: a dense mask of T x T (j + 1), of which all but the causal prefix and the
 diagonals is unused; everything is kept, and autodiff goes back through it. One head a pass makes the token, where the
-authors' code has two and a product with one-hot rows; noise over the vocabulary draws it, as there.
+authors' code has two and a product with one-hot rows; noise over the vocabulary draws it, as there. Where PyTorch and
+transformers are installed their way is measured too (`peers.quiet_star`), second head and one-hot rows included.
 """
 
 import functools
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 
-from thinking_lm.analysis import bench_private
+from thinking_lm.analysis import bench_private, peers
 from thinking_lm.analysis import bench_problem as problem
 from thinking_lm.analysis.bench import Bar, Case, Variant, ratio
 from thinking_lm.metrics import Mean
@@ -30,8 +31,13 @@ between frameworks, the authors' code and a prototype of ours were 1.28 and 2.08
 def cases() -> Iterator[Case]:
   """The gradients of both at each shape."""
   for V, T, B, n, limit in SHAPES:
-    bar = Bar("stand-in for Quiet-STaR / ours", lambda r: ratio(r, "stand_in", "private"), limit, at_most=False)
-    yield Case(f"V{V}_T{T}_B{B}_n{n}", functools.partial(variants, V, T, B, n), (bar,))
+    names = dict(stand_in="stand-in for Quiet-STaR / ours")
+    if peers.installed():
+      names["published"] = "Quiet-STaR as published, in PyTorch / ours"
+    bars = tuple(
+      Bar(text, lambda r, name=name: ratio(r, name, "private"), limit, at_most=False) for name, text in names.items()
+    )
+    yield Case(f"V{V}_T{T}_B{B}_n{n}", functools.partial(variants, V, T, B, n), bars)
 
 
 def variants(V: int, T: int, B: int, n: int) -> list[Variant]:
@@ -41,7 +47,10 @@ def variants(V: int, T: int, B: int, n: int) -> list[Variant]:
   arguments = (problem.params(model), problem.batch(B, T, V))
   totals = dict(private=problem.loss(model, thought, goal), stand_in=stand_in(model, n))
   tokens = (1 + n) * B * T
-  return [Variant(name, problem.gradient(total), arguments, *work, tokens) for name, total in totals.items()]
+  found = [Variant(name, problem.gradient(total), arguments, *work, tokens) for name, total in totals.items()]
+  if peers.installed():
+    found.append(Variant("published", peers.quiet_star(V, B, T, n), (), *work, tokens, compiled=False))
+  return found
 
 
 def stand_in(model: Model, n: int, draw: Callable = jax.random.categorical) -> problem.Loss:
