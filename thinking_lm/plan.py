@@ -38,7 +38,7 @@ _PARTS = flags.DEFINE_list(
   "parts", ["train", "generate", "evaluate"], "What is compiled; of an entry of --budgets, too."
 )
 _FIT = flags.DEFINE_bool(
-  "fit", False, "If training does not fit, look for remat, micro-batches, mesh or batch that do."
+  "fit", False, "For parts that do not fit, look for remat, micro-batches, mesh or rows that do."
 )
 _ROWS = flags.DEFINE_integer("rows", 0, "generate: prompts; 0: one for each device that splits rows.", lower_bound=0)
 _PROMPT = flags.DEFINE_integer("prompt", 128, "generate: tokens of a prompt.", lower_bound=1)
@@ -58,7 +58,7 @@ _AGAIN = flags.DEFINE_bool(
 def main(argv) -> None:
   """One pod, or all of a budget file."""
   del argv
-  from thinking_lm.analysis import budgets, chips, pods
+  from thinking_lm.analysis import budgets, chips, fitting, pods
 
   wrong = set(_PARTS.value) - set(pods.PARTS)
   if wrong:
@@ -75,7 +75,7 @@ def main(argv) -> None:
     pathlib.Path(_JSON.value).write_text(json.dumps(budgets.record(plan), indent=2) + "\n")
   if all(part.fits for part in plan.parts.values()):
     return
-  print(f"does not fit: {pods.advice(plan, _FIT.value, _sketch, devices)}", file=sys.stderr)
+  print(f"does not fit: {fitting.advice(plan, _FIT.value, _sketch, devices, decode)}", file=sys.stderr)
   sys.exit(1)
 
 

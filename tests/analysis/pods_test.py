@@ -11,7 +11,7 @@ import pytest
 
 from tests.slow import leaving
 from thinking_lm import experiment, recipes
-from thinking_lm.analysis import ahead, budgets, chips, collectives, pods
+from thinking_lm.analysis import ahead, budgets, chips, collectives, fitting, pods
 from thinking_lm.errors import ConfigError
 from thinking_lm.training import loop
 from thinking_lm.training.mesh import make_mesh
@@ -39,8 +39,11 @@ def sketch(recipe="latent", **values):
   return experiment.sketch(experiment.parse(config))
 
 
+DECODE = pods.Decode(0, 8, 4)
+
+
 def planned(built, parts=pods.PARTS, known=None):
-  return pods.plan(built, chips.CHIPS["v5e"], jax.devices(), 1, parts, pods.Decode(0, 8, 4), known)
+  return pods.plan(built, chips.CHIPS["v5e"], jax.devices(), 1, parts, DECODE, known)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +164,8 @@ def test_what_does_not_fit_quickly_is_compiled_well():
 
 def test_the_search_says_what_fits_and_changes_the_batch_last():
   config = sketch(**{"train.batch_size": 32, "thought.kind": "pause"}).config
-  said = [words for words, _ in pods.alternatives(config, 8)]
+  tried = list(fitting.alternatives(config, DECODE, 8))
+  said = [words for words, *_ in tried]
   assert said[:4] == [
     "model.remat=full",
     "model.remat=full train.accumulation=2",
@@ -171,24 +175,49 @@ def test_the_search_says_what_fits_and_changes_the_batch_last():
   assert said[4] == "model.remat=full mesh.data=1 mesh.fsdp=4"
   assert said[5] == "model.remat=full mesh.fsdp=1 mesh.tensor=4 train.accumulation=16"
   assert said[6].endswith("train.batch_size=16") and said[-1].endswith("train.batch_size=4")
-  for _, other in pods.alternatives(config, 8):
+  for _, other, _ in tried:
     assert other.model == dataclasses.replace(config.model, remat="full")
   for options in ({}, {"thought.kind": "sampled", "thought.topology": "private"}):
-    words = [words for words, _ in pods.alternatives(sketch(**options).config, 8)]
+    words = [words for words, *_ in fitting.alternatives(sketch(**options).config, DECODE, 8)]
     assert words and "remat" not in " ".join(words), "it changes nothing of a backward pass of our own"
   several = sketch("hybrid", **{"thought.topology": "private", "thought.lookahead": 2, "train.updates": 2}).config
-  assert next(pods.alternatives(several, 8))[0] == "model.remat=full", "thoughts of several updates are scored at once"
+  assert next(fitting.alternatives(several, DECODE, 8))[0] == "model.remat=full", (
+    "thoughts of several updates are scored at once"
+  )
 
 
 def test_advice_is_one_line_and_names_a_config_that_fits(plan, monkeypatch):
   train = dataclasses.replace(plan.parts["train"], fits=False, peak=20 * 2**30)
-  tight = dataclasses.replace(plan, parts=dict(train=train))
-  build = lambda config: experiment.sketch(config)
-  assert "--fit" in pods.advice(tight, False, build, jax.devices())
-  fits = iter([False, True])
+  evaluate = dataclasses.replace(plan.parts["evaluate"], fits=False, peak=2**34)
+  tight = dataclasses.replace(plan, parts=dict(train=train, evaluate=evaluate))
+  advice = lambda search: fitting.advice(tight, search, experiment.sketch, jax.devices(), DECODE)
+  lacks = "train needs 20.0 GiB, evaluate needs 16.0 GiB of 15.75 GiB a device; "
+  assert advice(False) == lacks + "--fit looks for remat, micro-batches, mesh or rows that fit"
+  fits = iter([False, True, True])
   monkeypatch.setattr(ahead, "compiled", lambda *_: dataclasses.replace(train, fits=next(fits), peak=2**30))
-  line = pods.advice(tight, True, build, jax.devices())
-  assert line == "train needs 20.0 GiB of 15.75 GiB a device; train.accumulation=4 does for training, with 1.0 GiB"
+  assert advice(True) == (
+    f"{lacks}train.accumulation=4 does for training, with 1.0 GiB; "
+    "evaluation.batch_size=8 does for evaluation, with 1.0 GiB"
+  )
+  monkeypatch.setattr(ahead, "compiled", lambda *_: train)
+  assert advice(True).count("nothing that was tried does for") == 2
+
+
+def test_rows_at_once_are_halved_before_the_mesh_changes():
+  """As far as the mesh can split them, for both ways to run without a backward pass."""
+  config = sketch().config
+  assert [words for words, *_ in fitting.fewer_prompts(config, DECODE._replace(rows=16), 8)] == [
+    *("--rows=8", "--rows=4"),
+    "mesh.fsdp=1 mesh.tensor=4 --rows=4",
+  ]
+  assert [words for words, *_ in fitting.fewer_prompts(config, DECODE, 8)] == ["mesh.fsdp=1 mesh.tensor=4"]
+  found = list(fitting.fewer_rows(config, DECODE, 8))
+  assert [words for words, *_ in found] == [
+    *("evaluation.batch_size=8", "evaluation.batch_size=4"),
+    "mesh.fsdp=1 mesh.tensor=4 evaluation.batch_size=4",
+  ]
+  for _, other, _ in found:
+    assert other.train.batch_size == config.train.batch_size and other.evaluation.batch_size in (8, 4)
 
 
 PODS = [file for file in sorted((ROOT / "configs/pod").glob("*.py")) if "." not in file.stem]  # not the small one

@@ -1,14 +1,14 @@
-"""The plan of a run on a pod: what fits, what travels, how many FLOPs, and a roofline; and what would fit instead."""
+"""The plan of a run on a pod: what fits, what travels, how many FLOPs, and a roofline."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from thinking_lm.analysis import ahead, roofline
 from thinking_lm.analysis.chips import GIB, Chip
 from thinking_lm.analysis.flops import Ledger
 from thinking_lm.analysis.traffic import Traffic, training_traffic
-from thinking_lm.analysis.training import rematerialises, training_ledger
+from thinking_lm.analysis.training import training_ledger
 from thinking_lm.errors import ConfigError
 from thinking_lm.model.generate import Sampling
 from thinking_lm.training.mesh import device_faults, make_mesh
@@ -63,20 +63,15 @@ def plan(
   """
   c, T, V = built.config, built.data.sequence_length, built.data.vocabulary.size
   mesh = make_mesh(c.mesh, devices)
-  if faults := _faults(c, mesh.size):
+  if faults := device_faults(c.mesh, c.train.batch_size, c.train.accumulation, mesh.size, 1):
     raise ConfigError(faults)
-  rows = decode.rows or mesh.shape["data"] * mesh.shape["fsdp"]
-  make = dict(
-    train=lambda: ahead.train(built, mesh),
-    generate=lambda: ahead.generate(built, mesh, Sampling(decode.tokens), rows, decode.prompt),
-    evaluate=lambda: ahead.evaluate(built, mesh),
-  )
   named = slices == 1 or devices[0].platform == "tpu"  # else the groups of a collective say what crosses
   within = 0 if named else mesh.size // slices
   known = known or {}
-  tried = {
-    name: ahead.compiled(make[name](), mesh, chip.usable, within=within, known=known.get(name)) for name in parts
-  }
+  tried = {}
+  for name in parts:
+    part = program(name, built, mesh, decode)
+    tried[name] = ahead.compiled(part, mesh, chip.usable, within=within, known=known.get(name))
   found = {name: part for name, part in tried.items() if part is not None}
   unchanged = tuple(name for name, part in tried.items() if part is None)
   parameters = built.model.size
@@ -86,6 +81,16 @@ def plan(
   moved = training_traffic(c, V, T, parameters, mesh.shape)
   ledger = training_ledger(c, V, T)
   return Plan(c, chip, dict(mesh.shape), mesh.size, parameters, ledger, moved, found, guess, unchanged)
+
+
+def program(name: str, built: Any, mesh: Any, decode: Decode) -> ahead.Part:
+  """What is compiled of one of PARTS."""
+  if name == "train":
+    return ahead.train(built, mesh)
+  if name == "evaluate":
+    return ahead.evaluate(built, mesh)
+  rows = decode.rows or mesh.shape["data"] * mesh.shape["fsdp"]
+  return ahead.generate(built, mesh, Sampling(decode.tokens), rows, decode.prompt)
 
 
 def show(plan: Plan, where: str) -> str:
@@ -119,68 +124,3 @@ def show(plan: Plan, where: str) -> str:
     )
     lines += [f"  assumed: {line}" for line in roofline.assumptions(plan.chip)]
   return "\n".join(lines)
-
-
-def advice(plan: Plan, search: bool, sketch: Callable[[Any], Any], devices: Sequence) -> str:
-  """One line: what does not fit by how much, and what would."""
-  tight = {name: part for name, part in plan.parts.items() if not part.fits}
-  lacks = ", ".join(f"{name} needs {part.peak / GIB:.1f} GiB" for name, part in tight.items())
-  lacks += f" of {plan.chip.usable / GIB:.2f} GiB a device"
-  if "train" not in tight:
-    return (
-      f"{lacks}; fewer rows at once may do (--rows, evaluation.batch_size), or a larger mesh.tensor, as decoding holds "
-      "all weights that it does not split"
-    )
-  if not search:
-    return f"{lacks}; --fit looks for remat, micro-batches, mesh or batch that fit"
-  for words, config in alternatives(plan.config, plan.devices):
-    built = sketch(config)
-    mesh = make_mesh(config.mesh, devices)
-    found = ahead.compiled(ahead.train(built, mesh), mesh, plan.chip.usable, ahead.LEVELS[:1])
-    if found.fits:
-      return f"{lacks}; {words} does for training, with {found.peak / GIB:.1f} GiB"
-  return (
-    f"{lacks}; no remat, micro-batches, mesh or batch was found that does: a smaller model or longer thought.stride"
-  )
-
-
-def _mesh(config: Any, **options: int) -> Any:
-  return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **options))
-
-
-def _train(config: Any, **options: int) -> Any:
-  return dataclasses.replace(config, train=dataclasses.replace(config.train, **options))
-
-
-def alternatives(config: Any, devices: int) -> Iterator[tuple[str, Any]]:
-  """(how to say it, config) of what may fit, what costs least first.
-
-  That is remat where it plays a part, micro-batches, fsdp instead of data, tensor instead of fsdp, fewer rows. Each
-  keeps remat and the micro-batches of those before it; the batch is the last thing to change, because it changes what
-  is learned.
-  """
-  words = []
-  if config.model.remat != "full" and rematerialises(config):
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"))
-    words.append("model.remat=full")
-    yield words[-1], config
-  while not _faults(more := _train(config, accumulation=config.train.accumulation * 2), devices):
-    config = more
-    yield " ".join([*words, f"train.accumulation={config.train.accumulation}"]), config
-  split = config.mesh.data * config.mesh.fsdp
-  if config.mesh.data > 1 and config.mesh.fsdp > 0:
-    wide = _train(_mesh(config, data=1, fsdp=split), accumulation=1)
-    yield " ".join([*words, f"mesh.data=1 mesh.fsdp={split}"]), wide
-  heads, narrow = config.model.resolved_kv_heads, config
-  while narrow.mesh.fsdp % 2 == 0 and narrow.mesh.tensor > 0 and heads % (2 * narrow.mesh.tensor) == 0:
-    narrow = _mesh(narrow, fsdp=narrow.mesh.fsdp // 2, tensor=narrow.mesh.tensor * 2)
-    narrow = _train(narrow, accumulation=narrow.train.accumulation * 2)
-    mesh = f"mesh.fsdp={narrow.mesh.fsdp} mesh.tensor={narrow.mesh.tensor}"
-    yield " ".join([*words, mesh, f"train.accumulation={narrow.train.accumulation}"]), narrow
-  while not _faults(less := _train(config, batch_size=config.train.batch_size // 2, accumulation=1), devices):
-    config = less
-    yield " ".join([*words, f"train.batch_size={config.train.batch_size}"]), config
-
-
-def _faults(config, devices: int) -> list[str]:
-  return device_faults(config.mesh, config.train.batch_size, config.train.accumulation, devices, 1)
