@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.model import problem
+from tests.objectives.reversible import probability, reversible, through
 from thinking_lm.data.tokenizer import _vocabulary
 from thinking_lm.model.decoder import Model, ModelConfig
 from thinking_lm.model.rollout import rollout
@@ -70,28 +71,15 @@ def pairs(case):
     trace = answered(trace, batch, layout, VOCABULARY)
     return {name: getattr(trace, name) for name in FIELDS}, trace
 
-  @jax.jit
-  def both_ways(params, cotangents):
-    _, pull, trace = jax.vjp(run, params, has_aux=True)
-    return trace, pull(cotangents)[0]
-
-  nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run, PARAMS)[0])
-  flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]).astype(np.float64)
-  trace = both_ways(PARAMS, nothing)[0]
+  traced, pull = reversible(run, PARAMS)
+  trace = traced(PARAMS)
   np.testing.assert_allclose(probability(trace).sum(), 1, rtol=1e-5)
-  return trace, lambda cotangents: flat(both_ways(PARAMS, cotangents)[1])
-
-
-def probability(trace):
-  """Of each pair, [B]."""
-  return jnp.exp(trace.policy_logp_BGN.sum(axis=(1, 2)))
+  return trace, pull
 
 
 def gradient(case, of):
   """The gradient of a function of the trace of all pairs, as one vector."""
-  trace, pull = pairs(case)
-  fields = {name: getattr(trace, name) for name in FIELDS}
-  return pull(jax.grad(lambda fields: of(trace.replace(**fields)))(fields))
+  return through(*pairs(case), FIELDS, of)
 
 
 def expectation(case, config):

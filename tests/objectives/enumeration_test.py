@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.model import problem
+from tests.objectives.reversible import probability, reversible, through
 from tests.slow import leaving
 from thinking_lm.model.decoder import Model, ModelConfig
 from thinking_lm.model.rollout import rollout
@@ -51,8 +52,8 @@ STOP = MODEL.bind(params()).stop
 def enumerated(case, G):
   """(trace, pull, beside) of a batch that has every tuple of G thoughts as a row.
 
-  pull: cotangents of FIELDS -> gradient. beside: with the thoughts under another policy, and where their length is
-  fixed with the log-probability after the greedy thoughts of each row.
+  pull: cotangents of FIELDS -> gradient, one vector. beside: with the thoughts under another policy, and where their
+  length is fixed with the log-probability after the greedy thoughts of each row.
   """
   topology, lookahead, n, anchors, halting, *mixing = CASES[case]
   config = ThoughtConfig(
@@ -80,17 +81,12 @@ def enumerated(case, G):
     one = dataclasses.replace(config, temperature=0.0, samples=1)
     return rollout(MODEL, one, params, batch, layout, jax.random.key(1))
 
-  @jax.jit
-  def both(params, cotangents):
-    _, pull, trace = jax.vjp(run, params, has_aux=True)
-    return trace, pull(cotangents)[0]
-
-  nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run, params())[0])
+  traced, pull = reversible(run, params())
   reference = jax.tree.map(lambda leaf: 0.8 * leaf, params())
-  beside = Beside(reference_logp_BGNJ=both(reference, nothing)[0].token_logp_BGNJ)
+  beside = Beside(reference_logp_BGNJ=traced(reference).token_logp_BGNJ)
   if halting == "fixed":
     beside = beside.replace(greedy_reward_BN=jax.jit(greedy)(params()).outcome_BGN[:, 0])
-  return both(params(), nothing)[0], lambda cotangents: both(params(), cotangents)[1], beside
+  return traced(params()), pull, beside
 
 
 @functools.cache
@@ -99,16 +95,10 @@ def exact(case, bound="J", price=0.0):
   return pulled(case, lambda trace: jnp.sum(probability(trace) * value(case, bound, price, trace)))
 
 
-def probability(trace):
-  """Of each row's thoughts, [B]."""
-  return jnp.exp(trace.policy_logp_BGN.sum(axis=(1, 2)))
-
-
 def pulled(case, of, G=2):
   """The gradient of a function of the trace of all tuples, as one vector."""
   trace, pull, _ = groups(case, G)
-  fields = {name: getattr(trace, name) for name in FIELDS}
-  return flat(pull(jax.grad(lambda fields: of(trace.replace(**fields)))(fields)))
+  return through(trace, pull, FIELDS, of)
 
 
 def value(case, bound, price, trace):
@@ -140,10 +130,6 @@ def groups(case, G):
 
 EXTRA = dict(reward_mean=dict(total=jnp.float32(-0.9), weight=jnp.float32(0.5)))
 """Earlier rewards of mean -1.8."""
-
-
-def flat(tree):
-  return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]).astype(np.float64)
 
 
 def expected(case, config, G=2):
