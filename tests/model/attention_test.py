@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from thinking_lm.model import attention as backends
-from thinking_lm.model.attention import BACKENDS, MASKED, Keys, attention
+from thinking_lm.model.attention import BACKENDS, MASKED, Filled, Keys, attention
 from thinking_lm.training.mesh import MeshConfig, make_mesh
 
 B, E = 2, 6
@@ -208,6 +208,49 @@ def test_what_cudnn_is_given_is_right(monkeypatch, name):
   monkeypatch.setitem(BACKENDS, "cudnn", backends.Backend(by_xla))
   value, gradient = errors(lambda q, sets: attention(q, sets, "cudnn", chunk=3), name)
   assert value < 2e-6 and max(gradient) < 2e-6
+
+
+def room_left(keys: Keys, count: int, size: int = 2, layers: int = 3, layer: int = 1) -> Keys:
+  """The keys as one layer of a cache in blocks, whose other layers and blocks that need no look are not numbers."""
+  S = keys.k.shape[-3]
+  C = -(-S // size)
+
+  def blocks(a):
+    a = np.moveaxis(np.asarray(a), -2, 1)
+    a = np.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, C * size - S), (0, 0)])
+    a = np.moveaxis(a.reshape(*a.shape[:-2], C, size, E), -3, 0)
+    whole = np.full((layers, *a.shape), np.nan, a.dtype)
+    whole[layer, : -(-count // size)] = a[: -(-count // size)]
+    return jnp.asarray(whole)
+
+  mask = np.pad(keys.mask_BPQS, [(0, 0)] * 3 + [(0, C * size - S)]) & (np.arange(C * size) < count)
+  return Keys(blocks(keys.k), blocks(keys.v), jnp.asarray(mask), Filled(jnp.int32(layer), jnp.int32(count)))
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("counts", [(0, 0), (3, 0), (5, 7), (2, 5)])
+@pytest.mark.parametrize("name", ["past and own cache", "one stream with a cache"])
+def test_of_a_cache_with_room_left_no_more_is_read_than_is_filled(backend, counts, name):
+  case = CASES[name]
+  short = [
+    (S, own, mask & (np.arange(S) < count)) for (S, own, mask), count in zip(case.sets, (*counts, 99), strict=False)
+  ]
+  case = case._replace(sets=(*short[: len(case.sets) - 1], case.sets[-1]))
+  values = [np.asarray(a, np.float32) for a in values_of(case)]
+  *seen, last = keys_of(case, values)
+  given = [room_left(keys, count) for keys, count in zip(seen, counts, strict=False)]
+  run = jax.jit(lambda q, sets: attention(q, sets, backend))
+  got = run(jnp.asarray(values[0]), [*given, last])
+  np.testing.assert_allclose(got, oracle(case, [a.astype(np.float64) for a in values]), rtol=1e-5, atol=1e-6)
+
+
+def test_a_cache_with_room_left_has_no_gradient():
+  case = CASES["past and own cache"]
+  q, *_ = values = [np.asarray(a, np.float32) for a in values_of(case)]
+  past, own, last = keys_of(case, values)
+  run = lambda q: jnp.sum(attention(q, [past, room_left(own, 3), last]))
+  with pytest.raises(NotImplementedError, match="room left"):
+    jax.grad(run)(jnp.asarray(q))
 
 
 def test_kernels_are_split_over_devices():

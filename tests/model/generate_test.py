@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.slow import leaving
-from thinking_lm.model import generate as generate_lib
+from thinking_lm.model import streams as streams_lib
 from thinking_lm.model.decoder import Model, ModelConfig
 from thinking_lm.model.generate import Sampling, generate
 from thinking_lm.model.need import needed
@@ -106,17 +106,30 @@ def test_cached_equals_uncached(name, options):
     assert generation.thought_BX.any()
 
 
-@pytest.mark.parametrize("number", leaving([2, 10, 11], [10, 11]))
-def test_a_cache_that_grows_changes_nothing(number, monkeypatch):
+@pytest.mark.parametrize("number", leaving([2, 10, 11, 12], [10, 11]))
+def test_a_cache_in_many_blocks_changes_nothing(number, monkeypatch):
   config = ThoughtConfig(length=2, **CASES[number][1])
   expected = decode(config)
-  monkeypatch.setattr(generate_lib, "ROOM", 2)
-  monkeypatch.setattr(generate_lib, "GROWTH", 2)
-  rooms = [2, 4, 15] if config.topology == "persistent" else [2, 7]
-  assert generate_lib._rooms(config, X) == rooms
+  monkeypatch.setattr(streams_lib, "BLOCK", 2)
   found = decode(config)
   np.testing.assert_allclose(found.logp_BX, expected.logp_BX, rtol=1e-5)
   jax.tree.map(np.testing.assert_array_equal, found.replace(logp_BX=0), expected.replace(logp_BX=0))
+
+
+def test_streams_that_ended_ask_for_no_more_slots_than_those_that_go_on(monkeypatch):
+  """Private thoughts are dropped, so that whoever goes on stays behind a stream that counted every turn."""
+  fed, feed = [], streams_lib.Streams.feed
+
+  def watched(self, decoder, x_BGD, positions_BG, slot_BG):
+    jax.debug.callback(lambda slot_BG: fed.append(np.ravel(slot_BG)), slot_BG)
+    return feed(self, decoder, x_BGD, positions_BG, slot_BG)
+
+  monkeypatch.setattr(streams_lib.Streams, "feed", watched)
+  config = ThoughtConfig(length=2, kind="latent", placement="every", topology="private")
+  made = decode(config)
+  jax.effects_barrier()
+  assert made.length_B.min() < X == made.length_B.max() and len(fed) == X * (1 + config.length)
+  assert np.max(fed) == X - 1 + config.length
 
 
 def test_drawn_thoughts_give_the_same_logp_when_put_back():

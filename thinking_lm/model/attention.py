@@ -26,16 +26,26 @@ CHUNK = 512
 """Keys that `chunked` scores at a time."""
 
 
+class Filled(NamedTuple):
+  """What is read of a cache with room left: the first `count` slots of `layer`, both traced."""
+
+  layer: jax.Array
+  count: jax.Array
+
+
 class Keys(NamedTuple):
   """One set of keys and values for attention, and who may see them.
 
   k, v: [B, S, K, E] when all P streams share them, [B, P, S, K, E] when each stream has its own; heads first inside.
   mask_BPQS: bool, True where the query sees the key; B, P and Q may be 1.
+  filled: where there is one, k and v are of all layers, in C blocks of slots and heads first: [L, C, B, K, S / C, E] or
+    [L, C, B, K, P, S / C, E]. Blocks in which nothing is filled are not read. Such a set has no gradient.
   """
 
   k: jax.Array
   v: jax.Array
   mask_BPQS: jax.Array
+  filled: Filled | None = None
 
 
 def attention(q_BPQHE, sets: Sequence[Keys], backend: str = "einsum", blocks: int = 1, chunk: int = CHUNK):
@@ -75,13 +85,15 @@ def _first(keys: Keys, count: int) -> Keys:
 def _block(q_BPQHE, sets, backend, chunk):
   """One block of queries, heads first."""
   B, P, Q, H, E = q_BPQHE.shape
-  K = sets[0].k.shape[-2]
+  K = sets[-1].k.shape[-2]
   q_BKPQRE = (q_BPQHE * E**-0.5).reshape(B, P, Q, K, H // K, E).transpose(0, 3, 1, 2, 4, 5)
 
   def heads_first(a):
     return jnp.moveaxis(a[:, 0] if a.ndim == 5 and P == 1 else a, -2, 1)
 
-  sets = [Keys(heads_first(keys.k), heads_first(keys.v), keys.mask_BPQS) for keys in sets]
+  if any(keys.filled for keys in sets):
+    backend = "chunked"
+  sets = [k if k.filled else k._replace(k=heads_first(k.k), v=heads_first(k.v)) for k in sets]
   mixed_BKPQRE = BACKENDS[backend].function(q_BKPQRE, sets, chunk)
   return mixed_BKPQRE.transpose(0, 2, 3, 1, 4, 5).reshape(B, P, Q, H, E)
 
@@ -176,6 +188,8 @@ merged.defvjp(_merged_forward, _merged_backward)
 
 def _sweep(visit, carry, keys: Keys, size: int):
   """Scans visit(carry, chunk of keys) -> (carry, made) over a set; made: arrays whose last axis but one is keys."""
+  if keys.filled:
+    return _sweep_filled(visit, carry, keys), None
   S = keys.k.shape[-2]
   if size >= S:
     return visit(carry, keys)
@@ -193,6 +207,18 @@ def _sweep(visit, carry, keys: Keys, size: int):
     carry, last = visit(carry, chunk(S - rest, rest))
     made = jax.tree.map(lambda *pair: jnp.concatenate(pair, axis=-2), made, last)
   return carry, made
+
+
+def _sweep_filled(visit, carry, keys: Keys):
+  """The carry after the blocks that are filled. Each is cut from the whole cache: a layer of that would be a copy."""
+  (layer, count), size = keys.filled, keys.k.shape[-2]
+
+  def block(i, carry):
+    cut = lambda a: jax.lax.dynamic_slice(a, (layer, i, *[0] * (a.ndim - 2)), (1, 1, *a.shape[2:]))[0, 0]
+    mask = jax.lax.dynamic_slice_in_dim(keys.mask_BPQS, i * size, size, axis=3)
+    return visit(carry, Keys(cut(keys.k), cut(keys.v), mask))[0]
+
+  return jax.lax.fori_loop(0, -(-count // size), block, carry)
 
 
 def _chunked_forward(q_BKPQRE, keys: Keys, size: int):
@@ -213,6 +239,8 @@ def _chunked_forward(q_BKPQRE, keys: Keys, size: int):
 
 def _chunked_backward(q_BKPQRE, keys: Keys, lse, delta, dmixed, size: int):
   """The weights again from the log-sum-exp, chunk after chunk."""
+  if keys.filled:
+    raise NotImplementedError("keys of a cache with room left have no gradient")
   narrow = q_BKPQRE.dtype
 
   def visit(dq, keys):

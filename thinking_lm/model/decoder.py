@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from thinking_lm.config import option, pick
-from thinking_lm.model.attention import BACKENDS, CHUNK, MASKED, Keys, attention
+from thinking_lm.model.attention import BACKENDS, CHUNK, MASKED, Filled, Keys, attention
 from thinking_lm.model.heads import HEADS
 from thinking_lm.model.layers import RMSNorm, matmul, parameter, rotary, rotate
 from thinking_lm.sharding import constrain, rows_of_columns
@@ -123,10 +123,15 @@ class Cache(NamedTuple):
 
 
 class Seen(NamedTuple):
-  """Cached keys that a call may look at. mask_BPQS: bool, broadcast over B, P and Q."""
+  """Cached keys that a call may look at. mask_BPQS: bool, broadcast over B, P and Q.
+
+  count: of a cache with room left, how many slots are read (traced). It is in C blocks then, heads before streams:
+  [L, C, B, K, S / C, E] when shared, [L, C, B, K, P, S / C, E] when their own.
+  """
 
   cache: Cache
   mask_BPQS: jax.Array
+  count: jax.Array | None = None
 
 
 class Layer(nnx.Module):
@@ -150,10 +155,9 @@ class Layer(nnx.Module):
       self.query_norm = RMSNorm(E, None)
       self.key_norm = RMSNorm(E, None)
 
-  def __call__(self, x_BPQD, turn, mask_BPQQ, past: Keys | None, own: Keys | None):
+  def __call__(self, x_BPQD, turn, mask_BPQQ, seen: Sequence[Keys]):
     """Returns (x_BPQD, (k_BPQKE, v_BPQKE)): the new activations and this call's own keys and values; turn: as below."""
     q, k, v = self.project(x_BPQD, turn)
-    seen = [keys for keys in (past, own) if keys is not None]
     c = self.config
     mixed = attention(q, [*seen, Keys(k, v, mask_BPQQ)], c.attention, c.query_blocks, c.attention_chunk)
     return self.complete(x_BPQD, mixed), (k, v)
@@ -313,20 +317,26 @@ class Decoder(nnx.Module):
     graph, layers = nnx.split(self.layers)
     turn = self.layers.turn(positions_BPQ)
 
+    seen = [each for each in (past, own) if each is not None]
+    index = jnp.arange(self.config.layers) if any(each.count is not None for each in seen) else None
+
     def body(x, scanned):
-      params, past_cache, own_cache = scanned
-      sets = (
-        None if seen is None else Keys(cache.k, cache.v, seen.mask_BPQS)
-        for seen, cache in ((past, past_cache), (own, own_cache))
-      )
-      y, new = nnx.merge(graph, params)(x, turn, mask_BPQQ, *sets)
+      params, layer, caches = scanned
+      keys = [_keys(each, cache, layer) for each, cache in zip(seen, caches, strict=True)]
+      y, new = nnx.merge(graph, params)(x, turn, mask_BPQQ, keys)
       return constrain(y, *ACTIVATIONS), (Cache(*new), x if keep else None)
 
-    caches = (None if seen is None else seen.cache for seen in (past, own))
     start = constrain(x_BPQD, *ACTIVATIONS)
-    scanned = (layers, *caches)
+    scanned = (layers, index, [each.cache if each.count is None else None for each in seen])
     x, made = jax.lax.scan(REMAT[self.config.remat](body), start, scanned, unroll=self.config.unroll)
     return x, *made
+
+
+def _keys(seen: Seen, cache: Cache | None, layer) -> Keys:
+  """The keys of one layer. Its part of a cache with room left is not cut out: it would be a copy of all of it."""
+  if seen.count is None:
+    return Keys(*cache, seen.mask_BPQS)
+  return Keys(*seen.cache, seen.mask_BPQS, Filled(layer, seen.count))
 
 
 class Model:

@@ -56,10 +56,6 @@ class Generation:
   thoughts_BXn: jax.Array
 
 
-ROOM, GROWTH = 512, 4
-"""Slots that a stream has at first, and how many times more when they are full: a turn reads and writes all that
-there are, and so costs some GROWTH times what the used ones would. It is compiled once for every size."""
-
 UNNAMED = ("latent", "pause")
 """Kinds whose think tokens have no id: the real token that the head reads off their slot is shown."""
 
@@ -90,11 +86,6 @@ class _Now(NamedTuple):
   done_BG: jax.Array
   watched: Streams | None
   out: Generation
-
-  def grow(self, room: int, X: int) -> "_Now":
-    """The same with room for so many slots; what is watched adds the X real tokens alone."""
-    watched = self.watched and self.watched.grow(min(room, X))
-    return self._replace(streams=self.streams.grow(room), watched=watched)
 
 
 class _Keys(NamedTuple):
@@ -132,24 +123,13 @@ def generate(
   keys = _Keys(fold(keys_BG, 0), fold(keys_BG, 1))
   turn = functools.partial(_turn, whole(decoder), config, vocabulary, sampling, watcher and whole(watcher), keys)
   now = _prefill(decoder, config, prompts, vocabulary, fold(keys_BG[:, 0], 2), keys_BG.shape[1], sampling, watcher)
-  for room in _rooms(config, sampling.max_tokens):
-    now = jax.lax.while_loop(functools.partial(_goes_on, room), turn, now.grow(room, sampling.max_tokens))
+  now = jax.lax.while_loop(lambda now: ~jnp.all(now.done_BG), turn, now)
   return jax.tree.map(lambda a: a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]), now.out)
 
 
-def _rooms(config, X: int) -> list[int]:
-  """How many slots a stream has, one number after another; the last holds X tokens with all their thoughts."""
-  most = X * (1 + config.slots) if config.topology == "persistent" else X + config.slots
-  rooms, room = [], ROOM
-  while 2 * room <= most:
-    rooms.append(room)
-    room *= GROWTH
-  return [*rooms, most]
-
-
-def _goes_on(room: int, now: _Now):
-  """Whether there is a turn to make, for which no stream needs more slots."""
-  return ~jnp.all(now.done_BG) & (jnp.max(jnp.where(now.done_BG, 0, now.slot_BG)) < room)
+def _room(config, X: int) -> int:
+  """Slots for X tokens with all their thoughts; of private ones, that of one token is there at a time."""
+  return X * (1 + config.slots) if config.topology == "persistent" else X + config.slots
 
 
 def _turn(decoder, config, vocabulary, sampling, watcher, keys: _Keys, now: _Now) -> _Now:
@@ -157,7 +137,8 @@ def _turn(decoder, config, vocabulary, sampling, watcher, keys: _Keys, now: _Now
   n, real_BG = config.length, now.step_BG < 0
   advance = config.rotary == "advance"
   positions_BG = now.rotary_BG + (now.step_BG + 1) * advance
-  hidden_BGD, streams = now.streams.feed(decoder, now.x_BGD, positions_BG, now.slot_BG)
+  slot_BG = jnp.where(now.done_BG, jnp.max(now.slot_BG, where=~now.done_BG, initial=0), now.slot_BG)
+  hidden_BGD, streams = now.streams.feed(decoder, now.x_BGD, positions_BG, slot_BG)
   base_BGD = jnp.where(real_BG[..., None], hidden_BGD, now.base_BGD)
   marked_BG, watched = _marked(config, vocabulary, now, watcher)
   thinks_BG = jnp.where(real_BG, marked_BG, now.thinks_BG)
@@ -193,7 +174,7 @@ def _turn(decoder, config, vocabulary, sampling, watcher, keys: _Keys, now: _Now
   return now._replace(
     streams=streams,
     x_BGD=x_BGD,
-    slot_BG=spoke(count_BG if private else now.slot_BG + 1, now.slot_BG + 1),
+    slot_BG=spoke(count_BG if private else slot_BG + 1, slot_BG + 1),
     step_BG=spoke(-1, step_BG),
     token_BG=spoke(token_BG, now.token_BG),
     before_BG=spoke(now.token_BG, now.before_BG),
@@ -306,7 +287,7 @@ def _prefill(decoder: Decoder, config, prompts: Batch, vocabulary, keys_B, G: in
   batch = prompts.replace(segments_BT=jnp.where(inside_BT, prompts.segments_BT, 0))
   watched = None
   if watcher:
-    need_BT, watched = need.begin(watcher, batch, G)
+    need_BT, watched = need.begin(watcher, batch, G, X)
     batch = batch.replace(need_BT=need_BT)
   layout = place(batch, dataclasses.replace(config, room=0), vocabulary, aligned=0)
   thoughts_B = jnp.sum(layout.anchors_BN < T, axis=1)
@@ -318,7 +299,7 @@ def _prefill(decoder: Decoder, config, prompts: Batch, vocabulary, keys_B, G: in
   full = lambda value, *shape: jnp.full((B, G, *shape), value)
   x_BGD = decoder.embed(each(last(1)))
   return _Now(
-    streams=Streams.begin(decoder, cache, segments_BS > 0, G),
+    streams=Streams.begin(decoder, cache, segments_BS > 0, G, _room(config, X)),
     x_BGD=x_BGD,
     slot_BG=full(0),
     step_BG=full(-1),

@@ -27,10 +27,10 @@ def _look(decoder: Decoder, batch: Batch):
   return entropy(decoder, hidden[:, 0]), Cache(new.k[:, :, 0], new.v[:, :, 0])
 
 
-def begin(decoder: Decoder, batch: Batch, G: int) -> tuple[jax.Array, Streams]:
-  """(need_BT of prompts, the G streams of each that go on from them)."""
+def begin(decoder: Decoder, batch: Batch, G: int, room: int) -> tuple[jax.Array, Streams]:
+  """(need_BT of prompts, the G streams of each that go on from them, by as many tokens as there is room for)."""
   need_BT, cache = _look(decoder, batch)
-  return need_BT, Streams.begin(decoder, cache, batch.segments_BT > 0, G)
+  return need_BT, Streams.begin(decoder, cache, batch.segments_BT > 0, G, room)
 
 
 def follow(decoder: Decoder, streams: Streams, token_BG, position_BG, slot_BG) -> tuple[jax.Array, Streams]:

@@ -200,7 +200,7 @@ replay.defvjp(_forward, _backward)
 def _layer(graph, facts: Pass, turns, params, inputs):
   """One layer of the parallel pass: the thoughts see what the layer makes of the real tokens."""
   layer, (base, slots) = nnx.merge(graph, params), inputs
-  base, (k, v) = layer(base, turns[0], facts.mask_B1TT, None, None)
+  base, (k, v) = layer(base, turns[0], facts.mask_B1TT, ())
   past = Keys(k[:, 0], v[:, 0], facts.prefix_BP1T)
-  slots, _ = layer(slots, turns[1], facts.mask_BPXX, past, None)
+  slots, _ = layer(slots, turns[1], facts.mask_BPXX, [past])
   return constrain(base, *ACTIVATIONS), constrain(slots, *ACTIVATIONS)

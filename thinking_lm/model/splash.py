@@ -46,7 +46,7 @@ def forward(q_BKPQRE, keys: Keys, interpret: bool):
     return _back(mixed, q.shape, times), _back(lse[..., None], q.shape, times)[..., 0]
 
   q, k, mask = _specs(q_BKPQRE, keys)
-  return _everywhere(local, (q, k, k, mask), (q, PartitionSpec(*q[:5])))(q_BKPQRE, *keys)
+  return _everywhere(local, (q, k, k, mask), (q, PartitionSpec(*q[:5])))(q_BKPQRE, *keys[:3])
 
 
 def backward(q_BKPQRE, keys: Keys, lse, delta, dmixed, interpret: bool):
@@ -67,7 +67,7 @@ def backward(q_BKPQRE, keys: Keys, lse, delta, dmixed, interpret: bool):
 
   of_query = PartitionSpec(*q_spec[:5])
   specs = (q_spec, k_spec, k_spec, mask_spec, of_query, of_query, q_spec)
-  return _everywhere(local, specs, (q_spec, k_spec, k_spec))(q_BKPQRE, *keys, lse, delta, dmixed)
+  return _everywhere(local, specs, (q_spec, k_spec, k_spec))(q_BKPQRE, *keys[:3], lse, delta, dmixed)
 
 
 def _specs(q_BKPQRE, keys):
