@@ -111,7 +111,7 @@ def test_checkpoints_and_batches_are_really_made(tmp_path):
 
 
 def test_the_decode_suite_can_be_traced():
-  for variant in [*bench_decode.thoughts(2), *bench_decode.continuations(2)]:
+  for variant in [*bench_decode.thoughts(2), *bench_decode.continuations(2), *bench_decode.unused(2)]:
     shape = jax.eval_shape(variant.function, *variant.arguments).shape
     assert math.prod(shape) == (1 if variant.flops and variant.name == "plain" else variant.tokens)
 

@@ -1,9 +1,13 @@
-"""Suite `decode`: what it costs to sample thoughts with cached keys, in forward passes over as many tokens."""
+"""Suite `decode`: what it costs to sample thoughts with cached keys, in forward passes over as many tokens.
+
+And what room that streams have and do not use costs them.
+"""
 
 import functools
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 
 from thinking_lm.analysis import bench_problem as problem
 from thinking_lm.analysis import peers
@@ -12,6 +16,9 @@ from thinking_lm.analysis.flops import ledger
 from thinking_lm.model.decoder import Model
 from thinking_lm.model.generate import Sampling, generate
 from thinking_lm.model.rollout import rollout
+from thinking_lm.model.segment import whole
+from thinking_lm.model.streams import Streams
+from thinking_lm.model.thinking import empty_cache
 from thinking_lm.thoughts.placement import place
 from thinking_lm.thoughts.spec import ThoughtConfig
 
@@ -22,6 +29,12 @@ THOUGHT = ThoughtConfig(placement="every", topology="private", kind="sampled", l
 COST = {1: 3.0, 4: 1.4}
 """B, and the bar on the cost of a think token in plain forward tokens. At B 1 a prototype in JAX that paid 5 of them
 was 1.5 times as fast as Hugging Face's `generate`; 2.5 times as fast is 3 of them."""
+
+FED, ROOMS = 120, (128, 512, 2048)
+"""Slots that streams fill, and for how many they have room."""
+
+UNUSED = 1.2
+"""Bar on the time with the most room over that with the least. To make room, once, is in it."""
 
 PEER = Bar("Hugging Face's generate / ours", lambda r: ratio(r, "hugging_face", "thoughts"), 2.5, at_most=False)
 
@@ -34,6 +47,9 @@ def cases() -> Iterator[Case]:
     yield Case(f"every_B{B}_T{T}_n{n}", functools.partial(thoughts, B), bars)
   for B in COST:
     yield Case(f"generate_B{B}_{NEW}", functools.partial(continuations, B))
+  first, *_, last = map(str, ROOMS)
+  bar = Bar(f"room for {last} slots / for {first}", lambda r: ratio(r, last, first), UNUSED)
+  yield Case(f"unused_B8_{FED}", functools.partial(unused, 8), (bar,))
 
 
 def _against_a_peer(B: int) -> bool:
@@ -82,3 +98,24 @@ def continuations(B: int) -> list[Variant]:
     Variant(name, decode(thought, count), (problem.params(model), problem.batch(B, T, V)), tokens=B * count)
     for name, thought, count in found
   ]
+
+
+def unused(B: int) -> list[Variant]:
+  """As many latent think tokens of B streams, one a turn, whatever these have room for. Tokens are think tokens."""
+  model = problem.model(V)
+
+  def think(room, params, x_BGD):
+    decoder = whole(model.bind(params))
+    streams = Streams.begin(decoder, empty_cache(decoder, B, 1), jnp.ones((B, 1), bool), 1, room)
+
+    def turn(carry, slot):
+      x_BGD, streams = carry
+      slot_BG = jnp.full((B, 1), slot)
+      x_BGD, streams = streams.feed(decoder, x_BGD, slot_BG, slot_BG)
+      return (x_BGD, streams), x_BGD[..., 0]
+
+    return jax.lax.scan(turn, (x_BGD, streams), jnp.arange(FED))[1]
+
+  x_BGD = jax.random.normal(jax.random.key(0), (B, 1, model.config.width))
+  given = (problem.params(model), x_BGD)
+  return [Variant(str(room), functools.partial(think, room), given, tokens=B * FED) for room in ROOMS]

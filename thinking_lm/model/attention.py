@@ -56,7 +56,8 @@ def attention(q_BPQHE, sets: Sequence[Keys], backend: str = "einsum", blocks: in
 
   Args:
     sets: the last one holds the keys of the queries themselves, of which a query never sees a later one.
-    backend: of BACKENDS. chunk: keys of a set that are scored at a time, where the backend goes by chunks.
+    backend: of BACKENDS; where a set has room left, all go by chunks. chunk: keys of a set that are scored at a time,
+      where the backend goes by chunks.
     blocks: of queries, where there is one stream: each leaves out the keys after it, so that (1 + 1 / blocks) / 2 of
       the work on the last set is done.
 

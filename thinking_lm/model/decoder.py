@@ -55,9 +55,9 @@ class ModelConfig:
   compute_dtype: str = option("float32", "type of activations and matrix products", choices=DTYPES)
   attention: str = option(
     "einsum",
-    "how attention is computed, of every call of the decoder (passes over many slots, decoding, the backward pass of "
-    "private drawn thoughts); drawing these slot by slot and training serial persistent streams have products of their "
-    "own",
+    "how attention is computed, of every call of the decoder over many slots and of the backward pass of private drawn "
+    "thoughts; drawing these slot by slot and training serial persistent streams have products of their own, and "
+    "decoding goes by blocks of its cache",
     choices=BACKENDS,
   )
   attention_chunk: int = option(CHUNK, "keys that attention by chunks scores at a time", low=1)

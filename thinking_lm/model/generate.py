@@ -56,10 +56,6 @@ class Generation:
   thoughts_BXn: jax.Array
 
 
-UNNAMED = ("latent", "pause")
-"""Kinds whose think tokens have no id: the real token that the head reads off their slot is shown."""
-
-
 class _Now(NamedTuple):
   """Where each stream stands, axes [B, G, ...], and what it has said.
 
@@ -200,7 +196,7 @@ def _reached(decoder, config, now: _Now, hidden_BGD, keys_BG, i_BG):
   progress = jax.tree.map(pick, fresh, now.progress)
   progress = halting.reached(decoder, config, progress, hidden_BGD, jnp.where(real_BG, 0, i_BG))
   made_BGn = jnp.where(real_BG[..., None], -1, now.made_BGn)
-  if n and config.kind in UNNAMED:
+  if n and not config.kind_of.weighs:
     fed_BG = ~real_BG & (i_BG > 0) & (i_BG <= n)
     read = lambda: jnp.argmax(decoder.logits(hidden_BGD), axis=-1).astype(jnp.int32)
     token_BG = jax.lax.cond(jnp.any(fed_BG), read, lambda: jnp.zeros_like(now.token_BG))
@@ -213,7 +209,7 @@ def _make(decoder, config, hidden_BGD, keys_BG, i_BG, makes_BG, x_BGD, progress,
   z_BGD, token_BG = emit(decoder, config, hidden_BGD, fold(keys_BG, i_BG), i_BG, progress)
   drawn = halting.drawn(decoder, config, progress, token_BG, i_BG)
   progress = jax.tree.map(lambda new, old: jnp.where(makes_BG, new, old), drawn, progress)
-  if config.kind not in UNNAMED:
+  if config.kind_of.weighs:
     made_BGn = _put(made_BGn, token_BG.astype(jnp.int32), i_BG, makes_BG)
   return jnp.where(makes_BG[..., None], z_BGD, x_BGD), progress, made_BGn
 

@@ -98,9 +98,9 @@ class ThoughtConfig:
         "lookahead 0 (the rest of the document) needs topology 'persistent': a private thought is seen by "
         "its own look-ahead only; give a number of tokens"
       )
-    if self.kind in ("soft", "noisy", "gumbel") and self.temperature == 0:
+    if kind and kind.weighs and not kind.discrete and self.temperature == 0:
       found.append(f"kind {self.kind!r} needs a temperature above 0; a very small one is nearly hard")
-    if self.kind in ("pause", "latent") and self.temperature != ThoughtConfig.temperature:
+    if kind and not kind.weighs and self.temperature != ThoughtConfig.temperature:
       found.append(f"temperature is not read by kind {self.kind!r}, which draws nothing; leave it at 1")
     if 0 < self.temperature < 1e-3:
       found.append(f"temperature {self.temperature} is neither 0 (the most likely token) nor at least 0.001")

@@ -218,22 +218,24 @@ class Kind(NamedTuple):
   """A kind and what is true of it.
 
   step: the function above. stochastic: it draws, so samples differ. serial: each think token needs the hidden state
-  before it. policy: the log-density above, for kinds whose think tokens are actions; None for the others. discrete:
-  these actions are ids, which can be enumerated, and STOP can be one.
+  before it. weighs: a distribution over real tokens makes it, which the temperature shapes. policy: the log-density
+  above, for kinds whose think tokens are actions; None for the others. discrete: these actions are ids, which can be
+  enumerated, and STOP can be one.
   """
 
   step: Callable
   stochastic: bool
   serial: bool
+  weighs: bool
   policy: Callable | None = None
   discrete: bool = False
 
 
 KINDS = dict(
-  pause=Kind(pause, stochastic=False, serial=False),
-  latent=Kind(latent, stochastic=False, serial=True),
-  soft=Kind(soft, stochastic=False, serial=True),
-  noisy=Kind(noisy, stochastic=True, serial=True, policy=noisy_policy),
-  gumbel=Kind(gumbel, stochastic=True, serial=True),
-  sampled=Kind(sampled, stochastic=True, serial=True, policy=sampled_policy, discrete=True),
+  pause=Kind(pause, stochastic=False, serial=False, weighs=False),
+  latent=Kind(latent, stochastic=False, serial=True, weighs=False),
+  soft=Kind(soft, stochastic=False, serial=True, weighs=True),
+  noisy=Kind(noisy, stochastic=True, serial=True, weighs=True, policy=noisy_policy),
+  gumbel=Kind(gumbel, stochastic=True, serial=True, weighs=True),
+  sampled=Kind(sampled, stochastic=True, serial=True, weighs=True, policy=sampled_policy, discrete=True),
 )
