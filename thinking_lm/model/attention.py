@@ -39,7 +39,7 @@ class Keys(NamedTuple):
   k, v: [B, S, K, E] when all P streams share them, [B, P, S, K, E] when each stream has its own; heads first inside.
   mask_BPQS: bool, True where the query sees the key; B, P and Q may be 1.
   filled: where there is one, k and v are of all layers, in C blocks of slots and heads first: [L, C, B, K, S / C, E] or
-    [L, C, B, K, P, S / C, E]. Blocks in which nothing is filled are not read. Such a set has no gradient.
+    [L, C, B, K, P, S / C, E]. Blocks in which nothing is filled are not read. To differentiate is a ValueError.
   """
 
   k: jax.Array
@@ -241,7 +241,7 @@ def _chunked_forward(q_BKPQRE, keys: Keys, size: int):
 def _chunked_backward(q_BKPQRE, keys: Keys, lse, delta, dmixed, size: int):
   """The weights again from the log-sum-exp, chunk after chunk."""
   if keys.filled:
-    raise NotImplementedError("keys of a cache with room left have no gradient")
+    raise ValueError("keys of a cache with room left have no gradient: they are for decoding, which trains nothing")
   narrow = q_BKPQRE.dtype
 
   def visit(dq, keys):

@@ -42,7 +42,8 @@ class Streams(NamedTuple):
   def feed(self, decoder: Decoder, x_BGD, positions_BG, slot_BG) -> tuple[jax.Array, "Streams"]:
     """Feeds every stream one input, which sees the prompt and the slots before its own.
 
-    Returns (hidden_BGD, the streams with it in `slot_BG`, whatever stood there).
+    Returns (hidden_BGD, the streams with it in `slot_BG`, whatever stood there). A slot beyond the room spoils what its
+    stream holds: only those that ended may have one.
     """
     _, C, *_, size, _ = self.cache.k.shape
     before_BGS = jnp.arange(C * size) < slot_BG[..., None]
