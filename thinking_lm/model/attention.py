@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from thinking_lm.model.layers import product
 from thinking_lm.sharding import constrain
 
 MASKED = -1e30
@@ -99,10 +100,6 @@ def _block(q_BPQHE, sets, backend, chunk):
   return mixed_BKPQRE.transpose(0, 2, 3, 1, 4, 5).reshape(B, P, Q, H, E)
 
 
-def _product(equation: str, left, right):
-  return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
-
-
 def _fold(a_BKPQRX, keys: Keys):
   """Queries (or what there is for each of them) as the rows of matrices, one for each set of keys."""
   B, K, P, Q, R, X = a_BKPQRX.shape
@@ -111,13 +108,13 @@ def _fold(a_BKPQRX, keys: Keys):
 
 def _scores(q_BKPQRE, keys: Keys):
   """score_BKPQRS in float32, MASKED where the query does not see the key."""
-  score = _product("...mx,...sx->...ms", _fold(q_BKPQRE, keys), keys.k)
+  score = product("...mx,...sx->...ms", _fold(q_BKPQRE, keys), keys.k)
   return jnp.where(keys.mask_BPQS[:, None, :, :, None], score.reshape(*q_BKPQRE.shape[:-1], -1), MASKED)
 
 
 def _values(weight_BKPQRS, keys: Keys):
   """Values [B, K, P, Q, R, E] mixed by weights, in float32."""
-  mixed = _product("...mx,...xe->...me", _fold(weight_BKPQRS.astype(keys.v.dtype), keys), keys.v)
+  mixed = product("...mx,...xe->...me", _fold(weight_BKPQRS.astype(keys.v.dtype), keys), keys.v)
   return mixed.reshape(*weight_BKPQRS.shape[:-1], -1)
 
 
@@ -246,11 +243,11 @@ def _chunked_backward(q_BKPQRE, keys: Keys, lse, delta, dmixed, size: int):
 
   def visit(dq, keys):
     weight = jnp.exp(_scores(q_BKPQRE, keys) - lse[..., None])
-    dweight = _product("...me,...se->...ms", _fold(dmixed, keys), keys.v).reshape(weight.shape)
+    dweight = product("...me,...se->...ms", _fold(dmixed, keys), keys.v).reshape(weight.shape)
     dscore = (weight * (dweight - delta[..., None])).astype(narrow)
-    to_keys = lambda a, b: _product("...ms,...me->...se", _fold(a, keys), _fold(b, keys))
+    to_keys = lambda a, b: product("...ms,...me->...se", _fold(a, keys), _fold(b, keys))
     dk, dv = to_keys(dscore, q_BKPQRE), to_keys(weight.astype(narrow), dmixed)
-    dq += _product("...mx,...xe->...me", _fold(dscore, keys), keys.k).reshape(dq.shape)
+    dq += product("...mx,...xe->...me", _fold(dscore, keys), keys.k).reshape(dq.shape)
     return dq, (dk.astype(keys.k.dtype), dv.astype(keys.v.dtype))
 
   dq, (dk, dv) = _sweep(visit, jnp.zeros(q_BKPQRE.shape, jnp.float32), keys, size)

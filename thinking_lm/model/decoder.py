@@ -16,13 +16,13 @@ from flax import nnx
 from thinking_lm.config import option, pick
 from thinking_lm.model.attention import BACKENDS, CHUNK, MASKED, Filled, Keys, attention
 from thinking_lm.model.heads import HEADS
-from thinking_lm.model.layers import RMSNorm, matmul, parameter, rotary, rotate
+from thinking_lm.model.layers import NAME, RMSNorm, matmul, parameter, product, rotary, rotate
 from thinking_lm.sharding import constrain, rows_of_columns
 from thinking_lm.types import Params
 
 REMAT = dict(
   none=lambda layer: layer,
-  dots=lambda layer: jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+  dots=lambda layer: jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(NAME)),
   full=jax.checkpoint,
 )
 """What the backward pass keeps of a layer: everything, matrix products with weights, or only the layer's input."""
@@ -289,7 +289,7 @@ class Decoder(nnx.Module):
     """
     head = self.embedding[...].T if self.config.tie_embeddings else self.head[...]
     flat = hidden.reshape(-1, hidden.shape[-1])
-    logits = jnp.dot(flat, head.astype(flat.dtype), preferred_element_type=jnp.float32)
+    logits = product("xd,dv->xv", flat, head.astype(flat.dtype))
     if self.config.logit_cap:
       logits = self.config.logit_cap * jnp.tanh(logits / self.config.logit_cap)
     row = jnp.arange(head.shape[-1])

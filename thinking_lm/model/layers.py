@@ -1,20 +1,46 @@
 """The pieces of a decoder layer but for attention: linear maps, RMSNorm and rotary positions."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+NAME = "product"
+"""What `jax.checkpoint` knows the results of `matmul` by: it cannot look into `product`."""
 
 
 def matmul(x, w_IO):
   """x @ w in x's type, accumulated in float32. Leading axes are folded into one.
 
-  XLA's CPU backend has a slow backward for a matrix product with more than one leading axis, and reaches its fast
-  bfloat16 kernels only with a float32 result.
+  XLA's CPU backend has a slow backward for a matrix product with more than one leading axis. The result has a NAME.
   """
-  y = jnp.dot(x.reshape(-1, x.shape[-1]), w_IO.astype(x.dtype), preferred_element_type=jnp.float32)
-  return y.astype(x.dtype).reshape(*x.shape[:-1], w_IO.shape[-1])
+  y = product("ni,io->no", x.reshape(-1, x.shape[-1]), w_IO.astype(x.dtype))
+  return checkpoint_name(y.astype(x.dtype), NAME).reshape(*x.shape[:-1], w_IO.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product(equation: str, left, right):
+  """`jnp.einsum` of two arrays of one type, in float32; an axis of one is an axis of the other or of the result.
+
+  The cotangent is rounded to that type before it is multiplied, as the factors were: in float32 it would make either
+  gradient a product of two types. A TPU would round it all the same and read twice the bytes, and XLA's CPU backend
+  reaches its fast bfloat16 kernels only where both factors are bfloat16 and the result is float32.
+  """
+  return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
+
+
+def _product_backward(equation, factors, dy):
+  (left, right), dy = factors, dy.astype(factors[0].dtype)
+  of_left, of_right, of_y = equation.replace("->", ",").split(",")
+  dleft = product(f"{of_y},{of_right}->{of_left}", dy, right)
+  dright = product(f"{of_left},{of_y}->{of_right}", left, dy)
+  return dleft.astype(left.dtype), dright.astype(right.dtype)
+
+
+product.defvjp(lambda equation, *factors: (product(equation, *factors), factors), _product_backward)
 
 
 def parameter(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], scale: float) -> nnx.Param:

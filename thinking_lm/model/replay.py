@@ -17,6 +17,7 @@ from flax import nnx
 from thinking_lm.model import readout
 from thinking_lm.model.attention import MASKED, Keys
 from thinking_lm.model.decoder import ACTIVATIONS, DTYPES, Cache, Decoder, Seen
+from thinking_lm.model.layers import product
 from thinking_lm.model.segment import whole
 from thinking_lm.model.thinking import emit, think
 from thinking_lm.sharding import constrain
@@ -132,7 +133,6 @@ def _attend(q_BPHE, past: Cache, prefix_BPT, own: Cache, j):
   K, T, J = past.k.shape[1], past.k.shape[2], own.k.shape[3]
   q = (q_BPHE * E**-0.5).reshape(B, P, K, H // K, E).swapaxes(1, 2)
   flat = lambda a: a.reshape(B, K, -1, a.shape[-1])
-  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   score = product("bkme,bkte->bkmt", flat(q), past.k).reshape(*q.shape[:-1], T)
   own_score = product("bkpre,bkpje->bkprj", q, own.k)
   score = jnp.where(prefix_BPT[:, None, :, None], score, MASKED)

@@ -1,0 +1,65 @@
+"""Products: what is multiplied in which type."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from thinking_lm.model.layers import matmul, product
+
+EQUATIONS = {"ni,io->no": ((6, 5), (5, 4)), "...mx,...sx->...ms": ((2, 3, 4), (2, 5, 4))}
+
+
+def given(equation, dtype):
+  """Factors of this type, and a cotangent that it has not rounded."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  left, right = (jax.random.normal(key, shape) for key, shape in zip(keys, EQUATIONS[equation], strict=False))
+  dy = jax.random.normal(keys[2], jnp.einsum(equation, left, right).shape)
+  return left.astype(dtype), right.astype(dtype), dy
+
+
+def pulled(equation, left, right, dy):
+  """(y, gradient of the left factor, of the right one)."""
+  y, pull = jax.vjp(lambda left, right: product(equation, left, right), left, right)
+  return y, *pull(dy)
+
+
+@pytest.mark.parametrize("equation", EQUATIONS)
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
+def test_all_three_products_are_of_the_type_of_the_factors(equation, dtype):
+  """Of two types none of them reaches a processor's bfloat16 units."""
+  jaxpr = jax.make_jaxpr(lambda *arrays: pulled(equation, *arrays))(*given(equation, dtype))
+  dots = [e for e in inlined(jaxpr.eqns) if e.primitive.name == "dot_general"]
+  assert len(dots) == 3
+  for dot in dots:
+    assert [v.aval.dtype for v in dot.invars] == [dtype, dtype]
+    assert [v.aval.dtype for v in dot.outvars] == [jnp.float32]
+
+
+def inlined(equations):
+  for e in equations:
+    inner = [getattr(p, "jaxpr", p) for p in e.params.values() if hasattr(getattr(p, "jaxpr", p), "eqns")]
+    for jaxpr in inner:
+      yield from inlined(jaxpr.eqns)
+    if not inner:
+      yield e
+
+
+@pytest.mark.parametrize("equation", EQUATIONS)
+@pytest.mark.parametrize("dtype, tolerance", ((jnp.float32, 1e-6), (jnp.bfloat16, 2**-7)))
+def test_values_and_gradients_against_float64(equation, dtype, tolerance):
+  left, right, dy = given(equation, dtype)
+  a, b, c = (np.asarray(each, np.float64) for each in (left, right, dy.astype(dtype)))
+  transposed = lambda a: np.swapaxes(a, -1, -2)
+  b = transposed(b) if equation == "...mx,...sx->...ms" else b
+  expected = [a @ b, c @ transposed(b), transposed(a) @ c]
+  expected[2] = transposed(expected[2]) if equation == "...mx,...sx->...ms" else expected[2]
+  for got, wanted in zip(pulled(equation, left, right, dy), expected, strict=True):
+    assert np.linalg.norm(np.asarray(got, np.float64) - wanted) <= tolerance * np.linalg.norm(wanted)
+
+
+def test_leading_axes_are_kept():
+  x_NI, w_IO, _ = given("ni,io->no", jnp.bfloat16)
+  y = matmul(x_NI.reshape(2, 3, -1), w_IO.astype(jnp.float32))
+  assert y.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(y.reshape(6, 4), product("ni,io->no", x_NI, w_IO).astype(jnp.bfloat16))
