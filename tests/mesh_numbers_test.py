@@ -11,6 +11,8 @@ from tests.slow import leaving
 from thinking_lm import experiment, recipes, sharding
 from thinking_lm.analysis import collectives
 from thinking_lm.errors import ConfigError
+from thinking_lm.evaluation.evaluators import Runner
+from thinking_lm.model.generate import Sampling
 from thinking_lm.objectives import carry
 from thinking_lm.training import loop
 from thinking_lm.training.mesh import MeshConfig, global_batch, make_mesh, shardings
@@ -31,15 +33,19 @@ PRIVATE = {"thought.topology": "private", "thought.lookahead": 2}
 CHUNKED = {"model.attention": "chunked", "model.attention_chunk": 3}
 BOTH = dict(data=2, fsdp=2, tensor=2)
 COPIES = dict(data=2, fsdp=4)
+ALONG = dict(data=2, sequence=4)
 CASES = {
-  "pause along the sequence": ("pause", {}, dict(data=2, sequence=4)),
-  "private jepo along its streams": ("jepo", PRIVATE, dict(data=2, sequence=4)),
+  "pause along the sequence": ("pause", {}, ALONG),
+  "private jepo along its streams": ("jepo", PRIVATE, ALONG),
   "private jepo by chunks of keys": ("jepo", PRIVATE | CHUNKED, dict(data=2, sequence=2, tensor=2)),
   "soft": ("soft", {}, COPIES),
   "sampled, drawn and scored": ("nll_only", {}, BOTH),
   "latent, one after another": ("latent", {"thought.length": 2}, BOTH),
   "latent, one after another, in copies": ("latent", {"thought.length": 2}, COPIES),
   "latent, in parallel passes": ("ponder_lm2", {}, dict(fsdp=4, tensor=2)),
+  "latent, in parallel passes along the sequence": ("ponder_lm2", {}, ALONG),
+  "sampled, scored along the sequence": ("nll_only", {}, ALONG),
+  "private latent along its streams": ("latent", PRIVATE | {"thought.length": 2}, ALONG),
   "private gumbel": ("gumbel", PRIVATE, dict(data=2, fsdp=4)),
   "noisy, paid": ("hybrid", {"thought.kind": "noisy", "thought.samples": 2}, COPIES),
   "hybrid with STOP": ("hybrid", {"thought.halting": "stop", "thought.length": 2, "objective.price": 0.1}, BOTH),
@@ -49,6 +55,9 @@ CASES = {
   "a value baseline": ("hybrid", {"objective.advantage": "value", "thought.samples": 1}, COPIES),
 }
 SLOW = (
+  "latent, in parallel passes along the sequence",
+  "sampled, scored along the sequence",
+  "private latent along its streams",
   "private jepo along its streams",
   "private jepo by chunks of keys",
   "sampled, drawn and scored",
@@ -101,6 +110,8 @@ def test_one_device_and_eight(name):
   scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(grads))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=atol * scale), many[0], grads)
   np.testing.assert_allclose(many[1]["loss"].total, metrics["loss"].total, rtol=1e-5)
+  if sizes.get("sequence", 1) > 1 and (thought.iterations or thought.serial):
+    return  # each pass of the loop gathers keys of the whole row
   gathers = collectives.read(program.as_text())[0]["all-gather"]
   # A draw needs the probabilities of the whole vocabulary, a lookup which tokens the rows of its copy have drawn, and
   # noise is added to a mixture; nothing else is gathered again and again.
@@ -155,6 +166,8 @@ OBJECTIVES = {
   "REBAR": ("hybrid", RELAXED | {"thought.samples": 1, "objective.advantage": "none"}, COPIES),
   "RELAX": ("hybrid", RELAXED | {"objective.variate": "relax", "objective.control": 1.0}, COPIES),
   "sampled answers": ("rpt", {"thought.length": 2, "thought.samples": 2}, BOTH),
+  "private streams along the sequence": ("hybrid", PAID, ALONG),
+  "persistent streams along the sequence": ("hybrid", {"thought.samples": 2}, ALONG),
   "a router": ("hybrid", PRIVATE | {"thought.halting": "router", "thought.lookahead": 1}, COPIES),
 }
 """Whole training steps: what a rollout alone does not have, or has for one objective only."""
@@ -173,7 +186,10 @@ def trained(built, mesh, steps=2):
   return jax.device_get((state.params, metrics))
 
 
-@pytest.mark.parametrize("name", leaving(OBJECTIVES, [name for name in OBJECTIVES if name != "all that is carried"]))
+FAST = ("all that is carried", "private streams along the sequence")
+
+
+@pytest.mark.parametrize("name", leaving(OBJECTIVES, [name for name in OBJECTIVES if name not in FAST]))
 def test_training_steps_on_one_device_and_eight(name):
   recipe, values, sizes = OBJECTIVES[name]
   built = small(recipe, **values, **{"train.batch_size": 8, "optimizer.eps": 1e-4})
@@ -184,6 +200,35 @@ def test_training_steps_on_one_device_and_eight(name):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, same)
   assert metrics.keys() == told.keys()
   np.testing.assert_allclose(float(metrics["loss"]), float(told["loss"]), rtol=1e-5)
+
+
+INFERENCE = {
+  "private sampled thoughts": ("hybrid", PRIVATE | {"thought.length": 2}, BOTH),
+  "persistent latent thoughts": ("latent", {"thought.length": 2}, COPIES),
+}
+
+
+@pytest.mark.parametrize("name", leaving(INFERENCE, ["persistent latent thoughts"]))
+def test_decoding_and_evaluation_on_one_device_and_eight(name):
+  recipe, values, sizes = INFERENCE[name]
+  built = small(recipe, **values)
+  params = built.init(jax.random.key(1))
+  rows = next(built.data.batches("train", global_batch=8))
+  prompts = jax.tree.map(lambda a: a[:, :4] if a.ndim == 2 else a, rows)
+
+  def run(params, rows, prompts):
+    runner, key = Runner(built), jax.random.key(2)
+    thoughts = built.rollout(params, rows, key, thought=runner.thought).thoughts
+    scored, without = runner.score(params, rows, key, thoughts), runner.without(params, rows)
+    return built.decode(Sampling(6, samples=2))(params, prompts, key=key), thoughts, scored, without
+
+  alone = jax.device_get(jax.jit(run)(params, *jax.tree.map(jnp.asarray, (rows, prompts))))
+  mesh = make_mesh(MeshConfig(**({"data": 1} | sizes)))
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(params, shardings(built.axes, params, mesh))
+    many = jax.device_get(jax.jit(run)(placed, global_batch(mesh, rows), global_batch(mesh, prompts)))
+  assert len({row.tobytes() for row in alone[0].tokens_BX}) > 1
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), many, alone)
 
 
 def test_what_thinks_slot_after_slot_is_not_split_along_its_row():

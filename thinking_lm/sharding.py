@@ -75,12 +75,13 @@ def each_copy(function: Callable[..., Any]) -> Callable[..., Any]:
   The results must be sums over rows. Nothing but these crosses the mesh axis `data`, and once: left to itself the
   compiler adds up what each use of a parameter contributes, in every trip of a loop. It is left to itself where more
   than one other axis is split: its partitioner (of jax 0.10 and 0.12, and of libtpu 0.0.42) ends the process on a
-  lookup if the copies and two axes make three nested groups of devices.
+  lookup if the copies and two axes make three nested groups of devices. So it does where `sequence` is split in more
+  than two, which it may split again: by streams and by their slots.
   """
   mesh = jax.sharding.get_abstract_mesh()
   sizes = {} if mesh.empty else mesh.shape
   others = [size for name, size in sizes.items() if name != "data" and size > 1]
-  if sizes.get("data", 1) == 1 or len(others) > 1:
+  if sizes.get("data", 1) == 1 or len(others) > 1 or sizes.get("sequence", 1) > 2:
     return function
 
   def own(rows, common):
