@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from thinking_lm.analysis import bench_problem as problem
 from thinking_lm.analysis.bench import Bar, Case, Variant, ratio
+from thinking_lm.model.decoder import Model
 from thinking_lm.objectives.objective import ObjectiveConfig
 from thinking_lm.thoughts.spec import ThoughtConfig
 
@@ -27,7 +28,10 @@ as there are slots."""
 
 
 def cases() -> Iterator[Case]:
-  """Latent thoughts against pause thoughts, which are known beforehand: the same slots in one parallel pass."""
+  """Latent thoughts against pause thoughts, which are known beforehand: the same slots in one parallel pass.
+
+  Then compile time alone.
+  """
   for name, (B, T, limit, options) in LATENT.items():
     bars = (
       Bar("latent / one parallel pass over its slots", lambda r: ratio(r, "latent", "parallel"), limit),
@@ -38,18 +42,37 @@ def cases() -> Iterator[Case]:
     bars = (Bar("latent / plain on as many tokens as slots", lambda r: ratio(r, "latent", "plain"), limit),)
     yield Case(name, lambda B=B, T=T, options=options: list(variants(B, T, options)), bars)
 
+  yield Case("compile", lambda: list(_growing()), GROWTH, timed=False)
+
 
 def variants(B: int, T: int, options: dict) -> Iterator[Variant]:
   """In the Coconut shape T counts the thought's slots too, as the paper's code does."""
   model = problem.model(V)
   real = T - options["length"] if options["placement"] == "explicit" else T
   thoughts = dict(
+    plain=(ThoughtConfig(length=0), T),
     parallel=(ThoughtConfig(kind="pause", **options), real),
     latent=(ThoughtConfig(kind="latent", **options), real),
-    plain=(ThoughtConfig(length=0), T),
   )
   for name, (thought, length) in thoughts.items():
-    total = problem.loss(model, thought, ObjectiveConfig())
-    work = problem.work(model, thought, B, length)
-    arguments = (problem.params(model), problem.batch(B, length, V))
-    yield Variant(name, problem.gradient(total), arguments, *work, B * length)
+    yield _variant(name, model, thought, B, length)
+
+
+def _variant(name: str, model: Model, thought: ThoughtConfig, B: int, T: int) -> Variant:
+  total = problem.loss(model, thought, ObjectiveConfig())
+  arguments = (problem.params(model), problem.batch(B, T, V))
+  return Variant(name, problem.gradient(total), arguments, *problem.work(model, thought, B, T), B * T)
+
+
+def _growing() -> Iterator[Variant]:
+  """n and layers four times larger, compiled."""
+  for n, layers in ((4, 4), (16, 4), (4, 16)):
+    thought = ThoughtConfig(kind="latent", placement="every", length=n)
+    yield _variant(f"n{n}_L{layers}", problem.model(V, layers=layers), thought, 8, 32)
+
+
+GROWTH = (
+  Bar("compile seconds, n 4", lambda r: r["n4_L4"].compile_seconds, 10),
+  Bar("compile, n 16 / n 4", lambda r: r["n16_L4"].compile_seconds / r["n4_L4"].compile_seconds, 1.2),
+  Bar("compile, 16 layers / 4", lambda r: r["n4_L16"].compile_seconds / r["n4_L4"].compile_seconds, 1.2),
+)
