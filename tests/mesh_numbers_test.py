@@ -14,6 +14,7 @@ from thinking_lm.errors import ConfigError
 from thinking_lm.evaluation.evaluators import Runner
 from thinking_lm.model.generate import Sampling
 from thinking_lm.objectives import carry
+from thinking_lm.objectives.objective import ObjectiveConfig
 from thinking_lm.training import loop
 from thinking_lm.training.mesh import MeshConfig, global_batch, make_mesh, shardings
 from thinking_lm.training.step import gradients
@@ -149,7 +150,7 @@ def test_every_shape_of_a_mesh_of_eight(alone, data, fsdp, tensor, sequence):
 PAID = PRIVATE | {"thought.length": 2, "thought.samples": 2}
 RELAXED = {"thought.topology": "private", "thought.lookahead": 2, "thought.relaxation": 2.0, "objective.control": 0.4}
 PAST = {"objective.reward": "info_gain", "objective.teacher_decay": 0.9, "objective.kl_weight": 0.1, "train.updates": 2}
-ONE_TERM = {"objective.score_weight": 0.0, "objective.advantage": "none"}
+ONE_TERM = {"objective.score_weight": 0.0, "objective.advantage": ObjectiveConfig.advantage}
 OBJECTIVES = {
   "all that is carried": (
     "hybrid",
@@ -199,7 +200,8 @@ def test_training_steps_on_one_device_and_eight(name):
   )
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, same)
   assert metrics.keys() == told.keys()
-  np.testing.assert_allclose(float(metrics["loss"]), float(told["loss"]), rtol=1e-5)
+  # Advantages of unit variance cancel in a loss, so that what is left has the rounding of its terms.
+  np.testing.assert_allclose(float(metrics["loss"]), float(told["loss"]), rtol=1e-5, atol=1e-6)
 
 
 INFERENCE = {
