@@ -124,7 +124,7 @@ def carried(built, params, step=0):
 @pytest.mark.parametrize("ratio", leaving(["token", "sequence"], ["sequence"]))
 def test_the_first_of_several_updates_has_the_plain_gradient(ratio):
   """Thoughts that the same parameters drew have the ratio 1, whatever it is of."""
-  built = build(**{"thought.halting": "stop", "thought.length": 3, "objective.ratio": ratio})
+  built = build(**{"thought.halting": "stop", "thought.length": 3, "objective.ratio": ratio, "train.updates": 2})
   params, rows, key = built.init(jax.random.key(0)), batch(built), jax.random.key(2)
   told = carried(built, params)
   drawn = jax.jit(built.draw)(params, rows, key, told)
