@@ -55,10 +55,15 @@ CASES = {
   "mixed predictions": ("quiet_star", {"thought.length": 2}, BOTH),
   "a value baseline": ("hybrid", {"objective.advantage": "value", "thought.samples": 1}, COPIES),
 }
-SLOW = (
+GATHERING = (
   "latent, in parallel passes along the sequence",
   "sampled, scored along the sequence",
   "private latent along its streams",
+)
+"""Cases that gather activations of the whole row in each pass of a loop. Their meshes split no weights."""
+
+SLOW = (
+  *GATHERING,
   "private jepo along its streams",
   "private jepo by chunks of keys",
   "sampled, drawn and scored",
@@ -111,8 +116,8 @@ def test_one_device_and_eight(name):
   scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(grads))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=atol * scale), many[0], grads)
   np.testing.assert_allclose(many[1]["loss"].total, metrics["loss"].total, rtol=1e-5)
-  if sizes.get("sequence", 1) > 1 and (thought.iterations or thought.serial):
-    return  # each pass of the loop gathers keys of the whole row
+  if name in GATHERING:
+    return
   gathers = collectives.read(program.as_text())[0]["all-gather"]
   # A draw needs the probabilities of the whole vocabulary, a lookup which tokens the rows of its copy have drawn, and
   # noise is added to a mixture; nothing else is gathered again and again.
@@ -200,8 +205,9 @@ def test_training_steps_on_one_device_and_eight(name):
   )
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, same)
   assert metrics.keys() == told.keys()
-  # Advantages of unit variance cancel in a loss, so that what is left has the rounding of its terms.
-  np.testing.assert_allclose(float(metrics["loss"]), float(told["loss"]), rtol=1e-5, atol=1e-6)
+  # Advantages of unit variance cancel in DAPO's loss, so that what is left has the rounding of its terms.
+  atol = 1e-6 if built.config.objective.advantage == "dapo" else 0
+  np.testing.assert_allclose(float(metrics["loss"]), float(told["loss"]), rtol=1e-5, atol=atol)
 
 
 INFERENCE = {

@@ -7,13 +7,17 @@ import pytest
 
 from thinking_lm.model.layers import matmul, product
 
-EQUATIONS = {"ni,io->no": ((6, 5), (5, 4)), "...mx,...sx->...ms": ((2, 3, 4), (2, 5, 4))}
+EQUATIONS = {
+  "ni,io->no": ((6, 5), (5, 4), "no,io->ni", "ni,no->io"),
+  "...mx,...sx->...ms": ((2, 3, 4), (2, 5, 4), "...ms,...sx->...mx", "...mx,...ms->...sx"),
+}
+"""Shapes of both factors, and how the cotangent is multiplied with the right one, and the left one with it."""
 
 
 def given(equation, dtype):
   """Factors of this type, and a cotangent that it has not rounded."""
   keys = jax.random.split(jax.random.key(0), 3)
-  left, right = (jax.random.normal(key, shape) for key, shape in zip(keys, EQUATIONS[equation], strict=False))
+  left, right = (jax.random.normal(key, shape) for key, shape in zip(keys[:2], EQUATIONS[equation][:2], strict=True))
   dy = jax.random.normal(keys[2], jnp.einsum(equation, left, right).shape)
   return left.astype(dtype), right.astype(dtype), dy
 
@@ -50,10 +54,8 @@ def inlined(equations):
 def test_values_and_gradients_against_float64(equation, dtype, tolerance):
   left, right, dy = given(equation, dtype)
   a, b, c = (np.asarray(each, np.float64) for each in (left, right, dy.astype(dtype)))
-  transposed = lambda a: np.swapaxes(a, -1, -2)
-  b = transposed(b) if equation == "...mx,...sx->...ms" else b
-  expected = [a @ b, c @ transposed(b), transposed(a) @ c]
-  expected[2] = transposed(expected[2]) if equation == "...mx,...sx->...ms" else expected[2]
+  _, _, to_left, to_right = EQUATIONS[equation]
+  expected = np.einsum(equation, a, b), np.einsum(to_left, c, b), np.einsum(to_right, a, c)
   for got, wanted in zip(pulled(equation, left, right, dy), expected, strict=True):
     assert np.linalg.norm(np.asarray(got, np.float64) - wanted) <= tolerance * np.linalg.norm(wanted)
 

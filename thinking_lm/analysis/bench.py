@@ -96,6 +96,17 @@ def ratio(results: Results, name: str, other: str) -> float:
   return statistics.median(a / b for a, b in pairs)
 
 
+GROWING = dict(n4_L4=(4, 4), n16_L4=(16, 4), n4_L16=(4, 16))
+"""Variants of a case that is only compiled: think tokens and layers, each four times larger."""
+
+COMPILE = (
+  Bar("compile seconds, n 4", lambda r: r["n4_L4"].compile_seconds, 10),
+  Bar("compile, n 16 / n 4", lambda r: r["n16_L4"].compile_seconds / r["n4_L4"].compile_seconds, 1.2),
+  Bar("compile, 16 layers / 4", lambda r: r["n4_L16"].compile_seconds / r["n4_L4"].compile_seconds, 1.2),
+)
+"""Their bars: CPU seconds, and that these do not grow."""
+
+
 def over_floor(results: Results, name: str, other: str) -> float:
   """Time ratio over FLOP ratio: 1 if `name` does its work at the FLOP rate of `other`."""
   flops = [results[each].variant.flops for each in (name, other)]

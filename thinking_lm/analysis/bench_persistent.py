@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from thinking_lm.analysis import bench_problem as problem
-from thinking_lm.analysis.bench import Bar, Case, Variant, ratio
+from thinking_lm.analysis.bench import COMPILE, GROWING, Bar, Case, Variant, ratio
 from thinking_lm.model.decoder import Model
 from thinking_lm.objectives.objective import ObjectiveConfig
 from thinking_lm.thoughts.spec import ThoughtConfig
@@ -42,7 +42,7 @@ def cases() -> Iterator[Case]:
     bars = (Bar("latent / plain on as many tokens as slots", lambda r: ratio(r, "latent", "plain"), limit),)
     yield Case(name, lambda B=B, T=T, options=options: list(variants(B, T, options)), bars)
 
-  yield Case("compile", lambda: list(_growing()), GROWTH, timed=False)
+  yield Case("compile", lambda: list(_growing()), COMPILE, timed=False)
 
 
 def variants(B: int, T: int, options: dict) -> Iterator[Variant]:
@@ -65,14 +65,6 @@ def _variant(name: str, model: Model, thought: ThoughtConfig, B: int, T: int) ->
 
 
 def _growing() -> Iterator[Variant]:
-  """n and layers four times larger, compiled."""
-  for n, layers in ((4, 4), (16, 4), (4, 16)):
+  for name, (n, layers) in GROWING.items():
     thought = ThoughtConfig(kind="latent", placement="every", length=n)
-    yield _variant(f"n{n}_L{layers}", problem.model(V, layers=layers), thought, 8, 32)
-
-
-GROWTH = (
-  Bar("compile seconds, n 4", lambda r: r["n4_L4"].compile_seconds, 10),
-  Bar("compile, n 16 / n 4", lambda r: r["n16_L4"].compile_seconds / r["n4_L4"].compile_seconds, 1.2),
-  Bar("compile, 16 layers / 4", lambda r: r["n4_L16"].compile_seconds / r["n4_L4"].compile_seconds, 1.2),
-)
+    yield _variant(name, problem.model(V, layers=layers), thought, 8, 32)

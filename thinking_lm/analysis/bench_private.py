@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import jax
 
 from thinking_lm.analysis import bench_problem as problem
-from thinking_lm.analysis.bench import Bar, Case, Variant, ratio
+from thinking_lm.analysis.bench import COMPILE, GROWING, Bar, Case, Variant, ratio
 from thinking_lm.objectives.objective import ObjectiveConfig
 from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.thoughts.tokens import draw
@@ -94,15 +94,11 @@ DRAWING = Bar("draws / step", lambda r: ratio(r, "draws", "private"), 0.05)
 
 
 def _growing() -> Iterator[Variant]:
-  """n and layers four times larger, compiled."""
-  yield _private(SMALL, 128, 4, 4, name="n4_L4")
-  yield _private(SMALL, 128, 4, 16, name="n16_L4")
-  yield _private(SMALL, 128, 4, 4, name="n4_L16", layers=16)
+  for name, (n, layers) in GROWING.items():
+    yield _private(SMALL, 128, 4, n, name=name, layers=layers)
 
 
 GROWTH = (
-  Bar("compile seconds, n 4", lambda r: r["n4_L4"].compile_seconds, 10),
-  Bar("compile, n 16 / n 4", lambda r: r["n16_L4"].compile_seconds / r["n4_L4"].compile_seconds, 1.2),
-  Bar("compile, 16 layers / 4", lambda r: r["n4_L16"].compile_seconds / r["n4_L4"].compile_seconds, 1.2),
+  *COMPILE,
   Bar("temp, n 16 / n 4", lambda r: r["n16_L4"].temp_bytes / r["n4_L4"].temp_bytes, 17 / 5 * 1.2),
 )

@@ -16,13 +16,13 @@ from flax import nnx
 from thinking_lm.config import option, pick
 from thinking_lm.model.attention import BACKENDS, CHUNK, MASKED, Filled, Keys, attention
 from thinking_lm.model.heads import HEADS
-from thinking_lm.model.layers import NAME, RMSNorm, matmul, parameter, product, rotary, rotate
+from thinking_lm.model.layers import MATMUL, RMSNorm, matmul, parameter, product, rotary, rotate
 from thinking_lm.sharding import constrain, rows_of_columns
 from thinking_lm.types import Params
 
 REMAT = dict(
   none=lambda layer: layer,
-  dots=lambda layer: jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(NAME)),
+  dots=lambda layer: jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(MATMUL)),
   full=jax.checkpoint,
 )
 """What the backward pass keeps of a layer: everything, matrix products with weights, or only the layer's input."""

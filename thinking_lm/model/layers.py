@@ -8,17 +8,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-NAME = "product"
-"""What `jax.checkpoint` knows the results of `matmul` by: it cannot look into `product`."""
+MATMUL = "matmul"
+"""The name that `jax.checkpoint` knows the results of `matmul` by: it cannot look into `product`."""
 
 
 def matmul(x, w_IO):
-  """x @ w in x's type, accumulated in float32. Leading axes are folded into one.
+  """x @ w [..., O] of x [..., I], in x's type, accumulated in float32. Leading axes are folded into one.
 
-  XLA's CPU backend has a slow backward for a matrix product with more than one leading axis. The result has a NAME.
+  XLA's CPU backend has a slow backward for a matrix product with more than one leading axis.
   """
   y = product("ni,io->no", x.reshape(-1, x.shape[-1]), w_IO.astype(x.dtype))
-  return checkpoint_name(y.astype(x.dtype), NAME).reshape(*x.shape[:-1], w_IO.shape[-1])
+  return checkpoint_name(y.astype(x.dtype), MATMUL).reshape(*x.shape[:-1], w_IO.shape[-1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -45,10 +45,10 @@ from thinking_lm.model.segment import (
   each,
   forward,
   mix,
+  multiply,
   named,
   parts,
   pinned,
-  product,
   put,
   stacked,
   sweep,
@@ -286,17 +286,17 @@ class _Calls:
     columns = lambda a_BKRXA: jax.lax.dynamic_slice_in_dim(a_BKRXA, self._column(first), Q, axis=4)
     slots = lambda a_BKRSQ: jnp.moveaxis(a_BKRSQ, 4, 2).reshape(B, K, Q, -1)
     weights_BKRQA = cut(saved.weights_BKRSA, first, Q).astype(jnp.float32)
-    dweights_BKMA = product(_heads(dmixed_BQX, K, E), jnp.swapaxes(cache.v, 2, 3))
+    dweights_BKMA = multiply(_heads(dmixed_BQX, K, E), jnp.swapaxes(cache.v, 2, 3))
     dweights_BKRQA = dweights_BKMA.reshape(weights_BKRQA.shape)
     spread = jnp.sum(weights_BKRQA * dweights_BKRQA, axis=-1, keepdims=True)
     dscore_BKRQA = (weights_BKRQA * (dweights_BKRQA - spread)).astype(dtype)
 
-    dq_BKME = product(dscore_BKRQA.reshape(dweights_BKMA.shape), cache.k) * E**-0.5
+    dq_BKME = multiply(dscore_BKRQA.reshape(dweights_BKMA.shape), cache.k) * E**-0.5
     dq_BQKRE = jnp.moveaxis(dq_BKME.reshape(B, K, -1, Q, E), 3, 1)
     dscore_BKRSQ = put(columns(rows.dscore_BKRSA), columns(dscore_BKRQA), first)
-    dk_BKQE = product(slots(dscore_BKRSQ), _heads(saved.queries_BSX, K, E)) * E**-0.5
+    dk_BKQE = multiply(slots(dscore_BKRSQ), _heads(saved.queries_BSX, K, E)) * E**-0.5
     dmixed_BSX = put(rows.dmixed_BSX, dmixed_BQX, first)
-    dv_BKQE = product(slots(columns(saved.weights_BKRSA)), _heads(dmixed_BSX, K, E))
+    dv_BKQE = multiply(slots(columns(saved.weights_BKRSA)), _heads(dmixed_BSX, K, E))
     dk_BKQE, dv_BKQE = (a + cut(b, first, Q) for a, b in zip((dk_BKQE, dv_BKQE), dcache, strict=True))
     dk_BQKE, dv_BQKE = (jnp.swapaxes(a, 1, 2).astype(dtype) for a in (dk_BKQE, dv_BKQE))
     return (dq_BQKRE.reshape(B, Q, -1, E).astype(dtype), dk_BQKE, dv_BQKE), dscore_BKRQA
@@ -353,8 +353,8 @@ def _earlier(saved, rows, past):
   def one(_, saved, rows, cache):
     (B, K, _, E), dtype = cache.k.shape, cache.k.dtype
     received = lambda a_BKRSA: jnp.moveaxis(a_BKRSA[..., :P], 4, 2).reshape(B, K, P, -1)
-    dk_BKPE = product(received(rows.dscore_BKRSA), _heads(saved.queries_BSX, K, E)) * E**-0.5
-    dv_BKPE = product(received(saved.weights_BKRSA), _heads(rows.dmixed_BSX, K, E))
+    dk_BKPE = multiply(received(rows.dscore_BKRSA), _heads(saved.queries_BSX, K, E)) * E**-0.5
+    dv_BKPE = multiply(received(saved.weights_BKRSA), _heads(rows.dmixed_BSX, K, E))
     return None, Cache(dk_BKPE.astype(dtype), dv_BKPE.astype(dtype))
 
   dcache = sweep(one, None, saved, rows, past[0])[1]

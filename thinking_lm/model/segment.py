@@ -17,6 +17,7 @@ pytree with a leading axis L. Slots are the last axis but one of layered arrays,
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from flax import nnx
 
 from thinking_lm.model.attention import MASKED
 from thinking_lm.model.decoder import DTYPES, Cache, Decoder, axes
+from thinking_lm.model.layers import product
 from thinking_lm.model.thinking import emit
 from thinking_lm.sharding import constrain, gathered
 from thinking_lm.thoughts import halting, topology
@@ -206,9 +208,8 @@ def grow(decoder: Decoder, past: list, B: int, S: int):
   return pinned(whole, *CACHED)
 
 
-def product(left_BKMX, right_BKXN):
-  """Matrix products in float32, in the one form that XLA's CPU backend also has for bfloat16."""
-  return jnp.matmul(left_BKMX, right_BKXN, preferred_element_type=jnp.float32)
+multiply = functools.partial(product, "bkmx,bkxn->bkmn")
+"""Products of left_BKMX and right_BKXN in float32, in the one form that XLA's CPU backend also has for bfloat16."""
 
 
 def weigh(q_BQHE, k_BKAE, mask_BQA):
@@ -216,14 +217,14 @@ def weigh(q_BQHE, k_BKAE, mask_BQA):
   B, Q, H, E = q_BQHE.shape
   K = k_BKAE.shape[1]
   q_BKME = jnp.moveaxis((q_BQHE * E**-0.5).reshape(B, Q, K, H // K, E), 1, 3).reshape(B, K, -1, E)
-  score_BKRQA = product(q_BKME, jnp.swapaxes(k_BKAE, 2, 3)).reshape(B, K, H // K, Q, -1)
+  score_BKRQA = multiply(q_BKME, jnp.swapaxes(k_BKAE, 2, 3)).reshape(B, K, H // K, Q, -1)
   return jax.nn.softmax(jnp.where(mask_BQA[:, None, None], score_BKRQA, MASKED), axis=-1)
 
 
 def mix(weights_BKRQA, v_BKAE):
   """Values [B, Q, H, E] mixed by attention weights, in the type of the values."""
   B, K, R, Q, A = weights_BKRQA.shape
-  mixed_BKME = product(weights_BKRQA.astype(v_BKAE.dtype).reshape(B, K, R * Q, A), v_BKAE)
+  mixed_BKME = multiply(weights_BKRQA.astype(v_BKAE.dtype).reshape(B, K, R * Q, A), v_BKAE)
   return jnp.moveaxis(mixed_BKME.astype(v_BKAE.dtype).reshape(B, K, R, Q, -1), 3, 1).reshape(B, Q, K * R, -1)
 
 
