@@ -35,13 +35,15 @@ def main(argv) -> None:
     raise UsageError("--workdir=DIR is needed; see --help")
   shares = _shares(_SHARES.value)
   from thinking_lm import experiment
+  from thinking_lm.sharding import on_mesh_of
 
   subject, params, step = experiment.load(_WORKDIR.value)
   batches = lambda: subject.data.evaluation_batches(_SPLIT.value, batch_size=_BATCH.value, limit=_ROWS.value)
   source = f"step {step} of {_WORKDIR.value}"
-  print(_by_need(subject, params, batches(), source, shares))
-  if subject.config.thought.learns_end:
-    print("\n" + _by_end(subject, params, batches(), source, shares))
+  with on_mesh_of(params):
+    print(_by_need(subject, params, batches(), source, shares))
+    if subject.config.thought.learns_end:
+      print("\n" + _by_end(subject, params, batches(), source, shares))
 
 
 def _shares(given: Sequence[str]) -> list[float]:

@@ -61,6 +61,7 @@ _PLACES = dict(
 _THOUGHT = flags.DEFINE_list(
   "thought", [], "Options of the thought section for this evaluation, such as placement=entropy,need_above=1.5,room=32."
 )
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Started on every host: join the others with jax.distributed.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the thoughts that are drawn.", lower_bound=0, upper_bound=2**32 - 1)
 
 
@@ -91,12 +92,16 @@ def main(argv) -> None:
   """Loads, evaluates, prints and writes."""
   del argv
   samples = _check()
+  import jax
+
   from thinking_lm import experiment
   from thinking_lm.evaluation import continuations, evaluators, summary
   from thinking_lm.evaluation.progress import Progress
   from thinking_lm.training import mesh as mesh_lib
   from thinking_lm.training import state, workdir
 
+  if _DISTRIBUTED.value:
+    mesh_lib.join("--distributed")
   subject, params, step = experiment.load(
     _WORKDIR.value, _AVERAGED.value, places={name: flag.value for name, flag in _PLACES.items()}
   )
@@ -104,7 +109,7 @@ def main(argv) -> None:
   if not subject.data.rows(_SPLIT.value):
     full = [name for name in subject.data.splits if subject.data.rows(name)]
     raise ConfigError(f"this run's data has no {_SPLIT.value} rows; there are {', '.join(full)}")
-  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(data=1, fsdp=-1))
+  mesh, leads = mesh_lib.everywhere(), jax.process_index() == 0
   task = subject.data.task
   tagging = task is not None and task.tagging
   answer = functools.partial(continuations.answers, subject, params, key=state.key(_SEED.value, "generate"))
@@ -119,8 +124,10 @@ def main(argv) -> None:
     samples=samples,
     put=lambda batch: mesh_lib.global_batch(mesh, batch),
     answer=answer if task is not None and not tagging and _GENERATE.value else None,
-    progress=Progress(),
+    **(dict(progress=Progress()) if leads else {}),
   )
+  if not leads:
+    return
   values = summary.summarise(found, tagging=tagging, task=task is not None)
   path = workdir.resolve(_WORKDIR.value)
   print(_title(path, step, subject.config.thought, values))

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
@@ -38,6 +37,7 @@ from thinking_lm.objectives.exact import marginal
 from thinking_lm.objectives.health import HealthConfig, History, signs
 from thinking_lm.objectives.health import rules as health_rules
 from thinking_lm.objectives.objective import ObjectiveConfig, estimating, objective, volume
+from thinking_lm.sharding import fetch, on_mesh_of
 from thinking_lm.thoughts.answer import answered
 from thinking_lm.thoughts.placement import place
 from thinking_lm.thoughts.spec import ThoughtConfig
@@ -45,7 +45,7 @@ from thinking_lm.training.alarms import Watch
 from thinking_lm.training.checkpoint import CheckpointConfig, read_manifest, read_params
 from thinking_lm.training.checkpoint import load as read_step
 from thinking_lm.training.loop import Run, TrainConfig
-from thinking_lm.training.mesh import MeshConfig, device_faults, global_batch, make_mesh, placed
+from thinking_lm.training.mesh import MeshConfig, device_faults, everywhere, feed, global_batch, make_mesh, placed
 from thinking_lm.training.optimizer import OptimizerConfig, schedule_faults
 from thinking_lm.training.state import TrainState, create
 from thinking_lm.training.state import key as random_key
@@ -106,7 +106,7 @@ def parse(values: Mapping[str, Any], here: bool = False) -> ExperimentConfig:
       sections = ((MeshConfig, "mesh"), (TrainConfig, "train"))
       mesh, train = (config_lib.parse(cls, values.get(name, {})) for cls, name in sections)
       faults += config.model.backend_faults(jax.default_backend()) if config else []
-      faults += device_faults(mesh, train.batch_size, train.accumulation, jax.device_count(), jax.process_count())
+      faults += device_faults(mesh, train.batch_size, train.accumulation, jax.device_count())
     except (ConfigError, TypeError):
       assert faults, "these sections' faults are in the list already"
   if faults:
@@ -193,8 +193,8 @@ class Experiment:
         config's; raises ConfigError if it does not fit.
     """
     c = self.config
-    put = functools.partial(global_batch, mesh or make_mesh(c.mesh))
-    looks = lambda: hooks(c.evaluation, self, random_key(c.train.seed, "evaluate"), put) + self._examinations(put)
+    fed = functools.partial(feed, mesh or make_mesh(c.mesh))
+    looks = lambda: hooks(c.evaluation, self, random_key(c.train.seed, "evaluate"), fed) + self._examinations(fed)
     return Run(
       init_fn=self.init,
       axes=self.axes,
@@ -224,7 +224,7 @@ class Experiment:
     found = health_rules(c.health, self.data.vocabulary.size, half, c.thought.kind_of.discrete, c.thought.samples)
     return Watch(found, History, c.health.patience)
 
-  def _examinations(self, put) -> tuple[Examination, ...]:
+  def _examinations(self, fed) -> tuple[Examination, ...]:
     """The look at thoughts every so many steps and after the last one."""
     c, goal = self.config, self.config.objective
     if not c.thought.length or not c.health.every:
@@ -238,7 +238,7 @@ class Experiment:
         term = self.with_sections(objective=dataclasses.replace(goal, entropy_weight=0.0, kl_weight=0.0, **change))
         terms[name] = lambda params, *rest, loss_fn=term.loss_fn: loss_fn(estimating(params), *rest)
     key = random_key(c.train.seed, "evaluate")
-    return (Examination(c.health.every, c.evaluation.split, c.train.batch_size, self, key, put, terms, self._first),)
+    return (Examination(c.health.every, c.evaluation.split, c.train.batch_size, self, key, fed, terms, self._first),)
 
   def _first(self, params: Params) -> Params | None:
     """The parameters that the run started with, laid out as these; None where they are gone (train.init_from)."""
@@ -284,7 +284,9 @@ class Experiment:
       np.arange(len(rows), dtype=np.uint32),
       self.data.vocabulary,
     )
-    return jax.device_get(self.decode(sampling)(params, jax.tree.map(jnp.asarray, batch), key=key))
+    with on_mesh_of(params):
+      mesh = jax.sharding.get_mesh()
+      return fetch(self.decode(sampling)(params, batch if mesh.empty else global_batch(mesh, batch), key=key))
 
   @functools.lru_cache(maxsize=4)  # noqa: B019 (an experiment lives as long as its process)
   def decode(self, sampling: Sampling):
@@ -388,7 +390,7 @@ def _placed(built: Experiment) -> TrainState:
   """Parameters and what the objective carries, as ShapeDtypeStructs that are split over all devices that there are."""
   carry_init = functools.partial(carry.init, built.config.objective)
   abstract = jax.eval_shape(lambda params: create(params, optax.identity(), False, carry_init), built.model.shapes)
-  return placed(abstract, state_shardings(abstract, built.axes, make_mesh(MeshConfig(data=1, fsdp=-1))))
+  return placed(abstract, state_shardings(abstract, built.axes, everywhere()))
 
 
 def carried(workdir: str, built: Experiment, step: int) -> dict[str, Any]:

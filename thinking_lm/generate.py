@@ -37,6 +37,7 @@ _THOUGHT = flags.DEFINE_list(
 _THOUGHTS = flags.DEFINE_enum("thoughts", "hidden", ["hidden", "shown"], "Whether thoughts are printed.")
 _OUTPUT = flags.DEFINE_string("output", None, "Also write JSON lines to this file.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "Where the run's tokenizer lies now, as in data.tokenizer.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Started on every host: join the others with jax.distributed.")
 _AVERAGED = flags.DEFINE_bool("averaged", False, "The moving average of the parameters (runs with optimizer.ema).")
 
 
@@ -56,11 +57,14 @@ def main(argv) -> None:
   if not _WORKDIR.value:
     raise UsageError("--workdir=DIR is needed; see --help")
   prompts = _prompts()
-  from thinking_lm import experiment
-  from thinking_lm.evaluation import display
-  from thinking_lm.model.generate import Sampling
-  from thinking_lm.training import state
+  import jax
 
+  from thinking_lm import experiment
+  from thinking_lm.model.generate import Sampling
+  from thinking_lm.training import mesh, state
+
+  if _DISTRIBUTED.value:
+    mesh.join("--distributed")
   subject, params, step = experiment.load(
     _WORKDIR.value, _AVERAGED.value, rows=False, places=dict(tokenizer=_TOKENIZER.value)
   )
@@ -74,6 +78,14 @@ def main(argv) -> None:
   began = time.monotonic()
   made = subject.generate(params, prompts, state.key(_SEED.value, "generate"), sampling)
   seconds = time.monotonic() - began
+  if jax.process_index() == 0:
+    _tell(subject, step, prompts, made, seconds)
+
+
+def _tell(subject, step: int, prompts, made, seconds: float) -> None:
+  """Prints what was made, and writes it where --output says."""
+  from thinking_lm.evaluation import display
+
   tokenizer, shown = subject.data.tokenizer, _THOUGHTS.value == "shown"
   prompts = [prompt for prompt in prompts for _ in range(_COUNT.value)]
   for row, prompt in enumerate(prompts):

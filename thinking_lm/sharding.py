@@ -4,13 +4,15 @@ The model names the axes of its parameters and of its activations; only `RULES` 
 `jax.set_mesh` nothing is constrained, so that the same code runs on one device.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 RULES = dict(
   batch=("data", "fsdp"),
@@ -61,6 +63,21 @@ def _wanted(name: str, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
   """Mesh axes that split a logical axis: inside `each_copy`, where a row is of one copy, `data` is none of them."""
   rule = RULES[name] or ()
   return tuple(axis for axis in ((rule,) if isinstance(rule, str) else rule) if axis not in mesh.manual_axes)
+
+
+def on_mesh_of(arrays: Any) -> contextlib.AbstractContextManager:
+  """Sets the mesh that arrays are split over, for what is traced inside; without one nothing changes."""
+  for leaf in jax.tree.leaves(arrays):
+    if isinstance(getattr(leaf, "sharding", None), NamedSharding):
+      return jax.set_mesh(leaf.sharding.mesh)
+  return contextlib.nullcontext()
+
+
+def fetch(arrays: Any) -> Any:
+  """What a function of the devices of all processes gave, as NumPy arrays: whole, in every process."""
+  if jax.process_count() == 1:
+    return jax.device_get(arrays)
+  return multihost_utils.process_allgather(arrays, tiled=True)
 
 
 def ways(axis: str) -> int:

@@ -36,7 +36,7 @@ def main(argv) -> None:
 
   from thinking_lm import experiment
   from thinking_lm.analysis import chips, traffic
-  from thinking_lm.training import loop, workdir
+  from thinking_lm.training import loop, mesh, workdir
 
   try:
     values = _CONFIG.value
@@ -44,7 +44,7 @@ def main(argv) -> None:
   except OSError as error:  # The flag keeps a failure to read the file until somebody looks at it.
     raise errors.ConfigError(" ".join(str(error).split())) from error
   if distributed:  # before the devices are counted
-    _join()
+    mesh.join("train.distributed")
   config = experiment.parse(values, here=True)
   built = experiment.build(config)
   for name, count in built.data.counts.items():
@@ -58,20 +58,6 @@ def main(argv) -> None:
   for name, place in places.items():
     if (path / place).exists():
       print(f"{name}: {path / place}")
-
-
-def _join() -> None:
-  """Joins the other processes of the job, which JAX finds. Raises ConfigError if it does not."""
-  import jax
-
-  try:
-    jax.distributed.initialize()
-  except ValueError as error:
-    raise errors.ConfigError(
-      f"train.distributed is True, and nothing here says which the other processes are ({str(error).rstrip('.')}): "
-      "start the command on every host of a TPU pod, or by Slurm's, Open MPI's or Kubernetes' launcher; "
-      "a process of its own takes --config.train.distributed=False"
-    ) from error
 
 
 def _help() -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from thinking_lm import experiment
 from thinking_lm.evaluation.evaluators import Runner, evaluate
@@ -48,14 +49,19 @@ def run(made, **options):
   return evaluate(subject, params, "validation", **options)
 
 
-def put(batch):
-  """The batch on the devices of the current mesh."""
-  return mesh_lib.global_batch(jax.sharding.get_mesh(), batch)
+def feed(size, read):
+  """Batches on the devices of the current mesh."""
+  return mesh_lib.feed(jax.sharding.get_mesh(), size, read)
+
+
+def hand(size, read):
+  """The same on one device, without a mesh."""
+  return (jax.tree.map(jnp.asarray, batch) for batch in read(share=range(size)))
 
 
 def train(path, every: int, thought=THOUGHT, **objective):
   """Trains three steps, with private sampled thoughts unless told, and a hook every so many. Returns (state, rows)."""
   values = config(thought=thought, objective=objective or dict(score_weight=1.0), train=dict(steps=3))
   built = experiment.build(experiment.parse(values))
-  run_ = dataclasses.replace(built.run(), hooks=hooks(EvaluationConfig(every=every, limit=13), built, KEY, put))
+  run_ = dataclasses.replace(built.run(), hooks=hooks(EvaluationConfig(every=every, limit=13), built, KEY, feed))
   return loop.train(run_, str(path)), read_rows(path / "metrics.jsonl")

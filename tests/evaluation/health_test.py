@@ -28,15 +28,14 @@ TWO = dict(kind="sampled", length=2, topology="persistent", samples=2, lookahead
 def examine(subject, params):
   """The numbers of one look."""
   state = TrainState(0, params, None, None, None, {})
-  put = lambda batch: jax.tree.map(jnp.asarray, batch)
-  return Examination(1, "validation", 8, subject, harness.KEY, put, {})(0, state)
+  return Examination(1, "validation", 8, subject, harness.KEY, harness.hand, {})(0, state)
 
 
 @pytest.mark.parametrize("topology", leaving(["private", "persistent"], ["private"]))
 def test_effects_are_differences_of_nats(topology):
   subject, params, _ = harness.make(thought=TWO | dict(topology=topology, lookahead=int(topology == "private")))
   found = examine(subject, params)
-  batch = next(iter(subject.data.evaluation_batches("validation", batch_size=8, process_index=0, process_count=1)))
+  batch = next(iter(subject.data.evaluation_batches("validation", batch_size=8)))
   batch = jax.tree.map(jnp.asarray, batch)
   thought = dataclasses.replace(subject.config.thought, samples=1)
 
@@ -70,7 +69,7 @@ def test_a_model_that_ignores_its_thoughts_shows_no_effect():
 
 def test_gradients_that_vanish_or_explode_from_think_token_to_think_token_raise_an_alarm():
   subject, params, _ = harness.make(thought=dict(kind="latent", length=16, topology="private"))
-  look = Examination(1, "validation", 8, subject, harness.KEY, lambda batch: jax.tree.map(jnp.asarray, batch), {})
+  look = Examination(1, "validation", 8, subject, harness.KEY, harness.hand, {})
   rule = rules(HealthConfig(chain=50.0), 7, False)["chain"]
 
   def ratio(**scales):
@@ -133,9 +132,10 @@ def test_how_far_the_policy_is_from_the_first_one_is_told(thought):
   """By hand: the first parameters' thoughts, under them and under others."""
   subject, first, _ = harness.make(thought=thought, objective=SCORED)
   moved = jax.tree.map(lambda leaf: 0.9 * leaf, first)
-  put = lambda batch: jax.tree.map(jnp.asarray, batch)
   calls = []
-  look = Examination(1, "validation", 8, subject, harness.KEY, put, {}, lambda params: calls.append(params) or first)
+  look = Examination(
+    1, "validation", 8, subject, harness.KEY, harness.hand, {}, lambda params: calls.append(params) or first
+  )
   look._look = lambda params, batch: {}
   found = [look(0, TrainState(0, params, None, None, None, {})) for params in (first, moved)]
   assert len(calls) == 1 and set(found[0]) == {"kl_start_k1", "kl_start_k3"}

@@ -3,7 +3,7 @@ import dataclasses
 import jax
 import pytest
 
-from tests.evaluation.harness import KEY, THOUGHT, config, make, put, run, train
+from tests.evaluation.harness import KEY, THOUGHT, config, hand, make, run, train
 from thinking_lm import experiment
 from thinking_lm.errors import ConfigError
 from thinking_lm.evaluation.hook import EvaluationConfig, Monitor, hooks
@@ -25,7 +25,7 @@ def test_training_does_not_notice_the_hook(trained, tmp_path):
 
 def test_the_numbers_are_those_of_an_evaluation():
   subject, params, _ = made = make(thought=THOUGHT)
-  monitor = Monitor(EvaluationConfig(every=5, limit=0, batch_size=4), subject, jax.random.fold_in(KEY, 0), lambda b: b)
+  monitor = Monitor(EvaluationConfig(every=5, limit=0, batch_size=4), subject, jax.random.fold_in(KEY, 0), hand)
   assert monitor.every == 5
   found = monitor(1, dataclasses.make_dataclass("State", ["params"])(params))
   arms = run(made, controls=["none"]).arms
@@ -37,7 +37,7 @@ def test_the_numbers_are_those_of_an_evaluation():
 
 def test_without_thoughts_there_is_one_number_of_each():
   subject, params, _ = make(thought=dict(length=0))
-  monitor = Monitor(EvaluationConfig(every=1, limit=4), subject, KEY, lambda batch: batch)
+  monitor = Monitor(EvaluationConfig(every=1, limit=4), subject, KEY, hand)
   found = monitor(1, dataclasses.make_dataclass("State", ["params"])(params))
   assert set(found) == {"validation_nll_none", "validation_accuracy_none", "validation_bits_per_byte"}
 
@@ -47,5 +47,5 @@ def test_an_empty_split_is_refused_before_training(tmp_path):
   data = dict(source="text", input=str(tmp_path / "text.txt"), sequence_length=8, test_fraction=0.0)
   subject = experiment.build(experiment.parse(config(data=data)))
   with pytest.raises(ConfigError, match=r"evaluation\.split=test has no rows"):
-    hooks(EvaluationConfig(every=1, split="test"), subject, KEY, put)
-  assert hooks(EvaluationConfig(every=0, split="test"), subject, KEY, put) == ()
+    hooks(EvaluationConfig(every=1, split="test"), subject, KEY, hand)
+  assert hooks(EvaluationConfig(every=0, split="test"), subject, KEY, hand) == ()

@@ -1,5 +1,6 @@
 """Several processes of one job, each a real one that finds the others as under a cluster's launcher (here: Slurm's)."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -32,22 +33,23 @@ FLAGS = (
 )
 
 
-def start(count: int, devices: int, workdir, flags_of=lambda process: ()):
+def start(count: int, devices: int, workdir, flags_of=lambda process: (), command="train"):
   """Runs a job of so many processes with so many devices each to its end: [(exit code, stdout, stderr)]."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
   jobs = []
   for process in range(count):
-    flags = [*FLAGS, f"--workdir={workdir}", *flags_of(process)]
+    flags = [f"--workdir={workdir}", *flags_of(process)]
+    flags = [*FLAGS, *flags] if command == "train" else flags
     environment = quick.environment(XLA_FLAGS=f"{quick.FLAGS} --xla_force_host_platform_device_count={devices}")
     if count > 1:
-      flags.append("--config.train.distributed=True")
+      flags.append("--config.train.distributed=True" if command == "train" else "--distributed")
       environment |= dict(JAX_COORDINATOR_PORT=str(port), SLURM_JOB_ID="1", SLURM_STEP_NODELIST="localhost")
       environment |= dict(SLURM_NTASKS=str(count), SLURM_PROCID=str(process), SLURM_LOCALID=str(process))
-    command = [sys.executable, "-m", "thinking_lm.train", *flags]
+    line = [sys.executable, "-m", f"thinking_lm.{command}", *flags]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    jobs.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+    jobs.append(subprocess.Popen(line, cwd=ROOT, env=environment, **pipes))
   try:
     return [(job.returncode, *out) for job in jobs for out in [job.communicate(timeout=300)]]
   finally:
@@ -82,10 +84,23 @@ def alone(tmp_path_factory):
   return workdir
 
 
-@pytest.mark.parametrize("count", leaving([2, 4], [4]))
-def test_processes_train_and_evaluate_as_one_process_with_as_many_devices(alone, tmp_path, count):
+ACROSS = dict(
+  rows=[],
+  tensor=["--config.mesh.fsdp=1", "--config.mesh.tensor=4", "--config.model.heads=4"],
+  sequence=["--config.mesh.fsdp=1", "--config.mesh.sequence=4"],
+  rows_and_tensor=["--config.mesh.fsdp=2", "--config.mesh.tensor=2"],
+)
+"""What the four devices split: rows, or what lies across rows, so that processes share these."""
+
+
+CASES = [(2, "rows"), (2, "tensor")]
+MORE = [(4, "rows"), (2, "sequence"), (4, "rows_and_tensor")]
+
+
+@pytest.mark.parametrize("count, across", leaving([*CASES, *MORE], MORE))
+def test_processes_train_and_evaluate_as_one_process_with_as_many_devices(alone, tmp_path, count, across):
   together = tmp_path / "together"
-  ended = start(count, 4 // count, together)
+  ended = start(count, 4 // count, together, lambda process: ACROSS[across])
   assert [code for code, *_ in ended] == [0] * count, ended
   (step, expected), (last, got) = map(last_state, (alone, together))
   assert (step, last) == (4, 4)
@@ -105,3 +120,41 @@ def test_processes_with_other_configs_refuse_to_start_and_say_why(tmp_path):
     assert len(lines) == 1 and "Traceback" not in errors
     assert f"config.train.seed differs between process 0 and 1: here, on process {process}, it is {process}" in lines[0]
   assert not (tmp_path / "run").exists()
+
+
+def test_processes_evaluate_and_generate_as_one_process_with_as_many_devices(tmp_path):
+  """Of a task that asks for text: its answers are generated too."""
+  run = tmp_path / "run"
+  ended = start(1, 4, run, lambda process: ["--config.data.task.name=last_letter", "--config.data.task.length=2"])
+  assert [code for code, *_ in ended] == [0], ended
+  table, drawn = [], []
+  options = ["--samples=1,2", "--controls=shuffled", "--limit=9"]
+  prompts = ["--prompt=ab", "--prompt=c", "--max_tokens=6", f"--output={tmp_path}/drawn"]
+  for count in (1, 2):
+    found = start(count, 4 // count, run, lambda process: options, command="evaluate")
+    assert [code for code, *_ in found] == [0] * count, found
+    assert ["written: " in out for _, out, _ in found] == [True] + [False] * (count - 1)
+    (file,) = (run / "evaluation").glob("*.json")
+    table.append({name: value for name, value in json.loads(file.read_text()).items() if name not in CLOCKED})
+    file.unlink()
+    found = start(count, 4 // count, run, lambda process: prompts, command="generate")
+    assert [code for code, *_ in found] == [0] * count, found
+    drawn.append([json.loads(line) for line in (tmp_path / "drawn").read_text().splitlines()])
+  one, two = (dict(leaves(each)) for each in table)
+  assert one.keys() == two.keys() and any("generated" in name for name in one)
+  for name, value in one.items():
+    assert two[name] == (pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value), name
+  assert [row["tokens"] for row in drawn[0]] == [row["tokens"] for row in drawn[1]]
+
+
+CLOCKED = ("seconds", "written", "code", "command")
+
+
+def leaves(tree, path=""):
+  """(path, leaf) of nested JSON."""
+  items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
+  if items is None:
+    yield path, tree
+  else:
+    for name, value in items:
+      yield from leaves(value, f"{path}/{name}")

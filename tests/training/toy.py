@@ -69,13 +69,11 @@ class Data:
       ids_B=np.asarray(ids, np.uint32),
     )
 
-  def batches(self, split, *, global_batch, start_step, process_index, process_count):
-    share = global_batch // process_count
+  def batches(self, split, *, global_batch, start_step, share):
     step = start_step
     while True:
-      first = step * global_batch + process_index * share
       time.sleep(self.sleep)
-      yield self.rows(np.arange(first, first + share))
+      yield self.rows(step * global_batch + np.array(share))
       step += 1
 
 

@@ -23,7 +23,7 @@ def run(*arguments):
     ([], 64, ["--workdir=DIR are needed"]),
     ([CONFIG, "--config.trian.steps=3"], 64, ["no such config key: 'trian'", '"train"']),
     ([CONFIG, "--config.train.steps=abc"], 64, ["--config.train.steps=abc"]),
-    ([CONFIG, "--config.train.distributed=True"], 78, ["which the other processes are", "train.distributed=False"]),
+    ([CONFIG, "--config.train.distributed=True"], 78, ["which the other processes are", "turn it off"]),
     (["--config=configs/missing.py"], 78, ["configs/missing.py", "No such file"]),
     (
       [CONFIG, "--config.train.stepz=3", "--config.optimizer.learning_rate=nan", "--config.train.batch_size=-1"],

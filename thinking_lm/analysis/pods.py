@@ -63,7 +63,7 @@ def plan(
   """
   c, T, V = built.config, built.data.sequence_length, built.data.vocabulary.size
   mesh = make_mesh(c.mesh, devices)
-  if faults := device_faults(c.mesh, c.train.batch_size, c.train.accumulation, mesh.size, 1):
+  if faults := device_faults(c.mesh, c.train.batch_size, c.train.accumulation, mesh.size):
     raise ConfigError(faults)
   named = slices == 1 or devices[0].platform == "tpu"  # else the groups of a collective say what crosses
   within = 0 if named else mesh.size // slices

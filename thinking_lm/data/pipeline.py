@@ -12,7 +12,7 @@ import json
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
@@ -103,19 +103,18 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BatchMaker:
-  """step -> this process' batch of it; what Grain's threads and workers run."""
+  """step -> the rows `share` of its batch; what Grain's threads and workers run."""
 
   rows: Rows
   order: grain.MapDataset | None
   length: int
   global_batch: int
-  begin: int
-  end: int
+  share: Sequence[int]
   vocabulary: types.Vocabulary
 
   def __call__(self, step: int) -> types.Batch:
     first = step * self.global_batch
-    examples = range(first + self.begin, first + self.end)
+    examples = [first + row for row in self.share]
     ids_B = np.array([example % 2**32 for example in examples], np.uint32)
     return assemble([self._row(example) for example in examples], self.length, ids_B, self.vocabulary)
 
@@ -155,15 +154,12 @@ class Data:
     return len(config.pick(self.splits, split, "split"))
 
   def batches(
-    self, split: str, *, global_batch: int, start_step: int = 0, process_index: int = 0, process_count: int = 1
+    self, split: str, *, global_batch: int, start_step: int = 0, share: Sequence[int] | None = None
   ) -> Iterator[types.Batch]:
-    """Endless batches from `start_step` on, shuffled anew every epoch; this process' contiguous share of each.
+    """Endless batches from `start_step` on, shuffled anew every epoch; of each the rows `share` (None: all).
 
-    Leaves are numpy arrays. `ids_B` is step * global_batch + row, modulo 2**32.
-
-    Raises:
-      DataError: the split has fewer rows than a batch.
-      ConfigError: the processes do not divide the batch.
+    Leaves are numpy arrays. `ids_B` is step * global_batch + row, modulo 2**32. Raises DataError if the split has fewer
+    rows than a batch.
     """
     rows = self.rows(split)
     if rows < global_batch:
@@ -173,21 +169,21 @@ class Data:
       )
     seed = hashlib.sha256(f"{self.options.seed}/{split}".encode()).digest()[:4]
     order = grain.MapDataset.range(rows).shuffle(seed=int.from_bytes(seed, "big")).repeat()
-    maker = self._maker(split, order, global_batch, process_index, process_count)
+    maker = self._maker(self.splits[split], order, global_batch, share)
     return self._iterate(maker, start_step, ENDLESS)
 
   def evaluation_batches(
-    self, split: str, *, batch_size: int, process_index: int = 0, process_count: int = 1, limit: int | None = None
+    self, split: str, *, batch_size: int, share: Sequence[int] | None = None, limit: int | None = None
   ) -> Iterator[types.Batch]:
     """One pass in order over the first `limit` rows (default all), in global batches of `batch_size`.
 
-    Every process gets equally many batches; rows past the end have weight 0 and segment 0. `ids_B` is the row.
+    share: as in `batches`. Rows past the end have weight 0 and segment 0. `ids_B` is the row.
     """
     rows = config.pick(self.splits, split, "split")
     if not len(rows):
       raise DataError(f"{split} has no rows; see data.{split}_input and data.{split}_fraction")
     count = len(rows) if limit is None else min(limit, len(rows))
-    maker = self._maker(split, None, batch_size, process_index, process_count, FirstRows(rows, count))
+    maker = self._maker(FirstRows(rows, count), None, batch_size, share)
     return self._iterate(maker, 0, -(-count // batch_size))
 
   def examples(self, split: str, count: int) -> list[tasks.Example]:
@@ -196,13 +192,9 @@ class Data:
       raise ConfigError(f"examples are for data.source=task, not {self.options.source}")
     return [self.task.example(self.options.seed, split, index) for index in range(min(count, self.rows(split)))]
 
-  def _maker(self, split, order, size, process_index, process_count, rows=None) -> BatchMaker:
-    if size % process_count:
-      raise ConfigError(f"a batch of {size} does not divide over {process_count} processes")
-    local = size // process_count
-    begin = process_index * local
-    rows = self.splits[split] if rows is None else rows
-    return BatchMaker(rows, order, self.sequence_length, size, begin, begin + local, self.vocabulary)
+  def _maker(self, rows: Rows, order, size: int, share: Sequence[int] | None) -> BatchMaker:
+    share = range(size) if share is None else share
+    return BatchMaker(rows, order, self.sequence_length, size, share, self.vocabulary)
 
   def _iterate(self, maker: BatchMaker, start: int, stop: int) -> Iterator[types.Batch]:
     threads, ahead, workers = self.options.threads, self.options.prefetch, self.options.workers

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from thinking_lm.sharding import fetch
 from thinking_lm.types import Batch, Params
 
 AT_ONCE = 8
@@ -48,7 +49,7 @@ class Mixer:
     mixed, total_B = np.array(-np.inf), np.zeros(len(weights_BT))
     for first in range(0, self._most, self._size):
       keys_K = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(first, first + self._size))
-      logp_KBT = np.asarray(self._draw(params, batch, keys_K), np.float64)
+      logp_KBT = np.asarray(fetch(self._draw(params, batch, keys_K)), np.float64)
       for k in range(first, min(first + self._size, self._most)):
         weighed_BT = np.where(weights_BT > 0, logp_KBT[k - first], 0.0) * weights_BT
         total_B = total_B + weighed_BT.sum(axis=1)

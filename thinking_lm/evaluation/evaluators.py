@@ -19,6 +19,7 @@ from thinking_lm.evaluation.calibration import Calibration, calibrate, joined
 from thinking_lm.evaluation.controls import CONTROLS, NONE, Source, counted, latest
 from thinking_lm.evaluation.difficulty import Difficulty
 from thinking_lm.evaluation.draws import Draws, Mixer
+from thinking_lm.sharding import fetch, on_mesh_of
 from thinking_lm.thoughts.topology import scatter
 from thinking_lm.types import Batch, Layout, Params, Report, Thoughts, Trace, Vocabulary
 
@@ -148,8 +149,8 @@ class Runner:
     return before, np.zeros(trace.valid_BN.shape[1], bool)
 
   def _think(self, params, batch, key, before, before_N):
-    """(Source, what the next batch has before it, think tokens used after each real token, thoughts that had no room,
-    sum of residuals).
+    """(Source, (what the next batch has before it, think tokens used after each real token, thoughts, those that had
+    no room, sum of residuals)).
     """
     layout = self.subject.place(params, batch, self.thought)
     trace = self.subject.rollout(params, batch, jax.random.fold_in(key, 0), thought=self.thought, layout=layout)
@@ -158,7 +159,7 @@ class Runner:
     dropped = 0 if trace.dropped_B is None else trace.dropped_B.sum()
     residual = 0 if trace.residual_BGN is None else (trace.residual_BGN[:, 0] * trace.valid_BN).sum()
     used_BT = scatter(batch.tokens_BT.shape, 0, layout.anchors_BN, trace.used_BGN[:, 0])
-    return source, latest(source), used_BT, dropped, residual
+    return source, (latest(source), used_BT, trace.valid_BN.sum(), dropped, residual)
 
   def _turn(self, control):
     def turn(params, batch, source):
@@ -250,13 +251,14 @@ class Collector:
     source = None
     if self._runner.thought.length:
       before = self._before or self._runner.first(params, batch)
-      source, after, used, dropped, residual = self._timed("thinking", self._runner.think, params, batch, key, *before)
-      self._before = jax.device_get(after)  # on the host: a later batch then compiles nothing new
-      used_RT = jax.device_get(used)[self._real_B[-1]]
+      source, told = self._timed("thinking", self._runner.think, params, batch, key, *before)
+      # `before` too is on the host: a later batch then compiles nothing new.
+      self._before, used_BT, anchors, dropped, residual = fetch(told)
+      used_RT = used_BT[self._real_B[-1]]
       self._used.append(used_RT if self._by_label else used_RT.sum(axis=1, keepdims=True))
       self._dropped += int(dropped)
       self._residual += float(residual)
-      self._anchors += int(source.valid_BN.sum())
+      self._anchors += int(anchors)
     asked_BT = asked(self._data, self._split, host)
     reference = None
     for name in self._controls:
@@ -277,13 +279,13 @@ class Collector:
     """(Scored, counted_BT, changed) on the host, under one control."""
     if name == NONE:
       found = self._timed(name, self._runner.without, params, batch)
-      return jax.device_get(found), np.ones(batch.tokens_BT.shape, bool), 0
+      return fetch(found), np.ones(batch.tokens_BT.shape, bool), 0
 
     def run():
       given, counted_BT, changed = self._runner.turn[name](params, batch, source)
       return self._runner.score(params, batch, key, given), counted_BT, changed
 
-    return jax.device_get(self._timed(name, run))
+    return fetch(self._timed(name, run))
 
   def result(self, generated: np.ndarray | None) -> Evaluation:
     """Everything that was added."""
@@ -357,14 +359,14 @@ def evaluate(
   runner: Runner | None = None,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-  """One pass over the first `limit` rows (default all) of a split, in one process.
+  """One pass over the first `limit` rows (default all) of a split, on the mesh that the parameters are split over.
 
   The numbers depend on `key` and the rows, not on `batch_size` (but for rounding); the same call gives the same bits.
 
   Args:
     controls: names of CONTROLS, or NONE; None: all that say something about the experiment's thoughts.
     samples: the K of the log-mean-exp rows; left out where thoughts are not drawn.
-    put: host batch -> device batch.
+    put: host batch -> device batch. Where there are several processes each has all rows, and finds the same.
     answer: generates answers; the task's verifier scores them. None: no such rows.
     runner: of an earlier call with the same `subject`, which then compiles nothing again.
     progress: called with (rows done, rows in all) after each batch.
@@ -380,9 +382,10 @@ def evaluate(
     raise ConfigError("generated answers are scored by a task's verifier; this data has no task")
   total = min(subject.data.rows(split), limit or subject.data.rows(split))
   collector = Collector(runner or Runner(subject), split, chosen, samples if draws_anything(thought) else ())
-  for host in subject.data.evaluation_batches(split, batch_size=batch_size, limit=limit):
-    collector.add(params, host, put(host), key)
-    progress(min(int(host.ids_B[-1]) + 1, total), total)
+  with on_mesh_of(params):
+    for host in subject.data.evaluation_batches(split, batch_size=batch_size, limit=limit):
+      collector.add(params, host, put(host), key)
+      progress(min(int(host.ids_B[-1]) + 1, total), total)
   generated = None
   if answer is not None:
     generated = np.array(list(_scores(subject.data, split, total, batch_size, answer)))

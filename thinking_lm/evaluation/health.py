@@ -21,6 +21,7 @@ think inputs, (sum of variances)^2 / sum of squared covariances.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,6 +32,7 @@ import optax
 from thinking_lm.errors import ConfigError
 from thinking_lm.evaluation.controls import Source, counted, pause, shuffled
 from thinking_lm.evaluation.evaluators import Subject
+from thinking_lm.evaluation.hook import Feed
 from thinking_lm.model.rollout import actions
 from thinking_lm.objectives.bounds import BOUNDS
 from thinking_lm.objectives.policy import approximate_kl
@@ -45,7 +47,7 @@ class Examination:
 
   Args:
     terms: nll, score -> the loss function of that term alone; see `training.step.LossFn`.
-    put: this process' rows of a batch -> the global batch on the devices.
+    size: rows. feed: as `training.mesh.feed`, on the devices of a mesh.
     first: parameters, for their shardings -> those that the run started with, None if they are gone; called once, and
       not kept: a run that is started again makes them again.
   """
@@ -57,14 +59,14 @@ class Examination:
     size: int,
     subject: Subject,
     key: jax.Array,
-    put: Callable[[Batch], Batch],
+    feed: Feed,
     terms: Mapping[str, Callable],
     first: Callable[[Params], Params | None] | None = None,
   ):
     if not subject.data.rows(split):
       raise ConfigError(f"evaluation.split={split} has no rows to examine; name another one, or health.every=0")
     self.every = every
-    self._split, self._size, self._subject, self._key, self._put = split, size, subject, key, put
+    self._split, self._size, self._subject, self._key, self._feed = split, size, subject, key, feed
     self._thought = dataclasses.replace(subject.config.thought, samples=1)
     self._look = jax.jit(self._effects)
     self._terms = {name: jax.jit(of_half(term)) for name, term in terms.items()}
@@ -91,14 +93,9 @@ class Examination:
 
   def _rows(self) -> Batch:
     if self._batch is None:
-      batches = self._subject.data.evaluation_batches(
-        self._split,
-        batch_size=self._size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        limit=self._size,
-      )
-      self._batch = self._put(next(iter(batches)))
+      read = self._subject.data.evaluation_batches
+      read = functools.partial(read, self._split, batch_size=self._size, limit=self._size)
+      self._batch = next(self._feed(self._size, read))
     return self._batch
 
   def _effects(self, params: Params, batch: Batch) -> dict[str, jax.Array]:

@@ -1,8 +1,9 @@
 """Evaluation while a model trains: with and without thoughts, on the same tokens. It only looks at the state."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +17,9 @@ from thinking_lm.errors import ConfigError
 from thinking_lm.evaluation.evaluators import Subject
 from thinking_lm.metrics import Mean
 from thinking_lm.types import Batch, Params, Trace
+
+Feed = Callable[[int, Callable[..., Iterator[Batch]]], Iterator[Batch]]
+"""(rows of a batch, a reader of these that takes `share`) -> batches on the devices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,37 +40,31 @@ class Monitor:
 
   Args:
     key: of the thoughts that are drawn; the same at every step, so that steps can be compared.
-    put: this process' rows of a batch -> the global batch on the devices.
+    feed: as `training.mesh.feed`, on the devices of a mesh.
 
   Raises:
-    ConfigError: the split is empty, or the batch does not divide over the processes.
+    ConfigError: the split is empty.
   """
 
-  def __init__(self, config: EvaluationConfig, subject: Subject, key: jax.Array, put: Callable[[Batch], Batch]):
+  def __init__(self, config: EvaluationConfig, subject: Subject, key: jax.Array, feed: Feed):
     self.every = config.every
-    self._config, self._subject, self._key, self._put = config, subject, key, put
+    self._config, self._subject, self._key, self._feed = config, subject, key, feed
     self._size = config.batch_size or subject.config.train.batch_size
     thought = dataclasses.replace(subject.config.thought, samples=1)
     self._thoughts = dict(none=dataclasses.replace(thought, length=0)) | ({"": thought} if thought.length else {})
     if not subject.data.rows(config.split):
       raise ConfigError(f"evaluation.split={config.split} has no rows; name another one, or evaluation.every=0")
-    if self._size % jax.process_count():
-      raise ConfigError(f"evaluation.batch_size {self._size} does not divide over {jax.process_count()} processes")
     self._step = jax.jit(self._sums)
 
   def __call__(self, step: int, state: Any) -> Mapping[str, float]:
     """Numbers of the state's parameters."""
     del step
-    batches = self._subject.data.evaluation_batches(
-      self._config.split,
-      batch_size=self._size,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-      limit=self._config.limit or None,
-    )
+    limit = self._config.limit or None
+    read = self._subject.data.evaluation_batches
+    read = functools.partial(read, self._config.split, batch_size=self._size, limit=limit)
     total = None
-    for batch in batches:
-      sums = jax.tree.map(np.float64, jax.device_get(self._step(state.params, self._put(batch))))
+    for batch in self._feed(self._size, read):
+      sums = jax.tree.map(np.float64, jax.device_get(self._step(state.params, batch)))
       total = sums if total is None else metrics.add(total, sums)
     return {f"{self._config.split}_{name}": value for name, value in metrics.values(total).items()}
 
@@ -86,6 +84,6 @@ class Monitor:
     return Mean(nats.total / math.log(2), jnp.sum(bytes_BT * trace.weights_BT))
 
 
-def hooks(config: EvaluationConfig, subject: Subject, key: jax.Array, put: Callable[[Batch], Batch]) -> tuple:
+def hooks(config: EvaluationConfig, subject: Subject, key: jax.Array, feed: Feed) -> tuple:
   """The hooks that a config asks for: a Monitor, or nothing."""
-  return (Monitor(config, subject, key, put),) if config.every else ()
+  return (Monitor(config, subject, key, feed),) if config.every else ()

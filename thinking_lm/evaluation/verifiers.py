@@ -19,6 +19,7 @@ from thinking_lm.data.rows import assemble
 from thinking_lm.evaluation.evaluators import Subject
 from thinking_lm.evaluation.intervals import Interval, ratio, share, wilson
 from thinking_lm.evaluation.summary import aligned, text
+from thinking_lm.sharding import on_mesh_of
 from thinking_lm.types import Params
 
 MULTIPLE = 32
@@ -46,7 +47,8 @@ class Scorer:
     scores = np.zeros((len(questions), samples))
     for first, batch in self._batches(questions):
       for k in range(samples):
-        logp_2B = np.asarray(self._outcome(params, batch, jax.random.fold_in(key, k)), np.float64).reshape(2, -1)
+        with on_mesh_of(params):
+          logp_2B = np.asarray(self._outcome(params, batch, jax.random.fold_in(key, k)), np.float64).reshape(2, -1)
         number = min(self._size, len(questions) - first)
         scores[first : first + number, k] = _sigmoid(logp_2B[0] - logp_2B[1])[:number]
     return scores

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,10 +60,8 @@ class Data(Protocol):
 
   digest: str
 
-  def batches(
-    self, split: str, *, global_batch: int, start_step: int, process_index: int, process_count: int
-  ) -> Iterator[types.Batch]:
-    """This process's rows of the steps `start_step`, `start_step + 1`, ... as numpy arrays."""
+  def batches(self, split: str, *, global_batch: int, start_step: int, share: Sequence[int]) -> Iterator[types.Batch]:
+    """The rows `share` of the batches of the steps `start_step`, `start_step + 1`, ... as numpy arrays."""
 
 
 class Hook(Protocol):
@@ -233,7 +232,7 @@ def train(run: Run, path: str) -> state_lib.TrainState:
     Preempted: a signal came; the state is saved.
   """
   faults = schedule_faults(run.optimizer, run.train.steps) + mesh_lib.device_faults(
-    run.mesh, run.train.batch_size, run.train.accumulation, jax.device_count(), jax.process_count()
+    run.mesh, run.train.batch_size, run.train.accumulation, jax.device_count()
   )
   if faults:
     raise ConfigError(faults)
@@ -353,16 +352,12 @@ def _train(run: Run, session: _Session) -> state_lib.TrainState:
 def _steps(run: Run, session: _Session, board: Board, step_fn, state: state_lib.TrainState) -> state_lib.TrainState:
   checkpoints, steps = session.checkpoints, run.train.steps
   start, key = int(state.step), state_lib.key(run.train.seed, "train")
-  batches = run.data.batches(
-    "train",
-    global_batch=run.train.batch_size,
-    start_step=start,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
+  size = run.train.batch_size
+  read = functools.partial(run.data.batches, "train", global_batch=size, start_step=start)
+  batches = mesh_lib.feed(jax.sharding.get_mesh(), size, read)
   for step in range(start + 1, steps + 1):
     with board.clocks.wait("data"):
-      batch = mesh_lib.global_batch(jax.sharding.get_mesh(), next(batches))
+      batch = next(batches)
     state, metrics = step_fn(state, batch, key)
     board.put(step, metrics)
     last, asked = step == steps, session.signals.asked(step)

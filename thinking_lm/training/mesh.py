@@ -1,7 +1,9 @@
 """The device mesh, how it splits parameters (by the rules of `sharding.py`), and host rows to global arrays."""
 
+import bisect
 import dataclasses
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -33,6 +35,25 @@ class MeshConfig:
       yield f"a mesh axis must have 1 or more devices, or -1 for all remaining ones, got {sizes}"
     if list(sizes.values()).count(-1) > 1:
       yield f"only one mesh axis can be -1 (all remaining devices), got {sizes}"
+
+
+def join(option: str) -> None:
+  """Joins the other processes of the job, which JAX finds; call it before anything asks for devices.
+
+  Raises ConfigError if nothing says which they are; `option` is what asked for this.
+  """
+  try:
+    jax.distributed.initialize()
+  except ValueError as error:
+    raise ConfigError(
+      f"{option} is set, and nothing here says which the other processes are ({str(error).rstrip('.')}): start the "
+      "command on every host of a TPU pod, or by Slurm's, Open MPI's or Kubernetes' launcher, or turn it off"
+    ) from error
+
+
+def everywhere() -> Mesh:
+  """The mesh of evaluation and generation: rows and parameters are split over all devices that there are."""
+  return make_mesh(MeshConfig(data=1, fsdp=-1))
 
 
 def resolve(config: MeshConfig, devices: int) -> dict[str, int]:
@@ -74,22 +95,19 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def device_faults(config: MeshConfig, batch_size: int, accumulation: int, devices: int, processes: int) -> list[str]:
-  """Lines about a mesh that the devices do not fill, and rows that mesh, hosts or micro-batches do not divide."""
+def device_faults(config: MeshConfig, batch_size: int, accumulation: int, devices: int) -> list[str]:
+  """Lines about a mesh that the devices do not fill, and rows that mesh or micro-batches do not divide."""
   try:
     sizes = resolve(config, devices)
   except ConfigError as error:
     return error.faults
   ways = sizes["data"] * sizes["fsdp"]
-  faults = []
-  if batch_size % (ways * accumulation):
-    faults.append(
-      f"config.train.batch_size {batch_size} is not a multiple of mesh.data * mesh.fsdp * train.accumulation = "
-      f"{sizes['data']} * {sizes['fsdp']} * {accumulation} = {ways * accumulation}"
-    )
-  if batch_size % processes:
-    faults.append(f"config.train.batch_size {batch_size} is not a multiple of the {processes} processes")
-  return faults
+  if batch_size % (ways * accumulation) == 0:
+    return []
+  return [
+    f"config.train.batch_size {batch_size} is not a multiple of mesh.data * mesh.fsdp * train.accumulation = "
+    f"{sizes['data']} * {sizes['fsdp']} * {accumulation} = {ways * accumulation}"
+  ]
 
 
 def shardings(axes: Any, shapes: types.Params, mesh: Mesh) -> Any:
@@ -135,12 +153,35 @@ def abstract_batch(mesh: Mesh, rows: int, length: int) -> types.Batch:
   return types.Batch(*integers[:2], leaf(np.float32, rows, length), *integers[2:], leaf(np.uint32, rows))
 
 
-def global_batch(mesh: Mesh, host_batch: types.Batch) -> types.Batch:
-  """The global batch of device arrays of which this process holds `host_batch`, its consecutive share of the rows."""
+def held(mesh: Mesh, size: int) -> list[int]:
+  """The rows of a batch of `size` of which devices of this process hold something, ascending.
 
-  def place(rows: np.ndarray) -> jax.Array:
-    rows = np.asarray(rows)
-    shape = (rows.shape[0] * jax.process_count(), *rows.shape[1:])
-    return jax.make_array_from_process_local_data(batch_sharding(mesh, shape), rows, shape)
+  Processes share rows where a mesh axis that splits no rows, `tensor` or `sequence`, goes over several of them.
+  """
+  slices = batch_sharding(mesh, (size,)).addressable_devices_indices_map((size,)).values()
+  return sorted({row for (rows,) in slices for row in range(*rows.indices(size))})
 
-  return jax.tree.map(place, host_batch)
+
+def global_batch(mesh: Mesh, rows: types.Batch, size: int | None = None) -> types.Batch:
+  """The batch of device arrays that has `size` rows, of which `rows` are those that `held` names (None: has all)."""
+  own = held(mesh, size) if size else range(len(rows.ids_B))
+  size = size or len(own)
+
+  def place(leaf: np.ndarray) -> jax.Array:
+    leaf = np.asarray(leaf)
+    shape = (size, *leaf.shape[1:])
+
+    def part(index):
+      start, stop, _ = index[0].indices(size)
+      first = bisect.bisect_left(own, start)
+      return leaf[first : first + stop - start, *index[1:]]
+
+    return jax.make_array_from_callback(shape, batch_sharding(mesh, shape), part)
+
+  return jax.tree.map(place, rows)
+
+
+def feed(mesh: Mesh, size: int, read: Callable[..., Iterator[types.Batch]]) -> Iterator[types.Batch]:
+  """Batches of `size` rows as device arrays. read(share=numbers of rows) -> this process' rows of each, on the host."""
+  for rows in read(share=held(mesh, size)):
+    yield global_batch(mesh, rows, size)
