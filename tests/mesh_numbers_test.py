@@ -1,5 +1,6 @@
 """The same loss and gradients on one device and on eight, for kinds and objectives of every sort."""
 
+import functools
 import itertools
 
 import jax
@@ -11,7 +12,7 @@ from tests.slow import leaving
 from thinking_lm import experiment, recipes, sharding
 from thinking_lm.analysis import collectives
 from thinking_lm.errors import ConfigError
-from thinking_lm.evaluation.evaluators import Runner
+from thinking_lm.evaluation.evaluators import Runner, evaluate
 from thinking_lm.model.generate import Sampling
 from thinking_lm.objectives import carry
 from thinking_lm.objectives.objective import ObjectiveConfig
@@ -237,6 +238,26 @@ def test_decoding_and_evaluation_on_one_device_and_eight(name):
     many = jax.device_get(jax.jit(run)(placed, global_batch(mesh, rows), global_batch(mesh, prompts)))
   assert len({row.tobytes() for row in alone[0].tokens_BX}) > 1
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), many, alone)
+
+
+def test_evaluation_and_generation_run_on_the_mesh_of_their_parameters(monkeypatch):
+  """Nobody set it: outside of it no constraint would be heard, and the program another one than a plan compiles."""
+  built, mesh = small("hybrid", **PRIVATE), make_mesh(MeshConfig(data=1, fsdp=-1))
+  placed = jax.device_put(built.init(jax.random.key(1)), shardings(built.axes, built.model.shapes, mesh))
+
+  class Traced(Exception):
+    pass
+
+  def traced(*_, **__):
+    raise Traced(sharding.ways("batch"))
+
+  for name in ("rollout", "generate"):
+    monkeypatch.setattr(experiment, name, traced)
+  put = functools.partial(global_batch, mesh)
+  with pytest.raises(Traced, match="8"):
+    evaluate(built, placed, "validation", key=jax.random.key(2), batch_size=8, put=put)
+  with pytest.raises(Traced, match="8"):
+    built.generate(placed, [b"012 021", b"102"], jax.random.key(2), Sampling(4))
 
 
 def test_what_thinks_slot_after_slot_is_not_split_along_its_row():

@@ -11,7 +11,7 @@ import pytest
 
 from tests.slow import leaving
 from thinking_lm import errors
-from thinking_lm.analysis import chips
+from thinking_lm.analysis import budgets, chips, pods
 
 ROOT = pathlib.Path(__file__).parents[1]
 HAVE = importlib.util.find_spec("libtpu") is not None
@@ -84,4 +84,34 @@ def test_the_budget_files_name_every_pod_and_recipe():
   entries, small = (json.loads((ROOT / f"configs/pod/{name}.json").read_text()) for name in ("budgets", "small"))
   files = {path.stem for path in (ROOT / "configs/pod").glob("*.py")} - {name.split(":")[0] for name in small}
   assert sorted(entries) == sorted(f"{file}:{recipe}" for file in files for recipe in ("none", "latent", "hybrid"))
-  assert all(entry.get("budget") for entry in small.values())
+  assert all(entry["budget"].keys() == set(entry["parts"]) for entry in (entries | small).values())
+  assert not [
+    line for name, entry in (entries | small).items() for line in budgets.entry_faults(name, entry, pods.PARTS)
+  ]
+
+
+@pytest.mark.parametrize(
+  "change, words",
+  [
+    (3, "an object with a topology"),
+    (dict(parts=["training"]), "parts must be some of train, generate, evaluate, got ['training']"),
+    (dict(slices="2"), "slices must be a number"),
+    (dict(budget=dict(train=dict(peak_gib="x", collectives={}))), "the budget of train has no peak_gib"),
+    (dict(budget=dict(train=dict(peak_gib=1.0, collectives={"all-gather": 3}))), "the budget of train"),
+  ],
+)
+def test_a_damaged_entry_of_a_budget_file_is_told(change, words):
+  entry = dict(topology="v5e:2x2", parts=["train"])
+  (line,) = budgets.entry_faults("pod", entry | change if isinstance(change, dict) else change, pods.PARTS)
+  assert line.startswith("pod: ") and words in line
+
+
+def test_options_that_say_nothing_together_are_refused():
+  one = ["--config=configs/pod/v5e_1b.py:none", "--topology=v5e:2x2"]
+  for flags, words in (
+    ([*one, "--only=none"], "--only needs --budgets"),
+    ([*one, "--budgets=configs/pod/small.json"], "--config does not go with --budgets"),
+    ([*one, "--parts="], "unknown part ''"),
+  ):
+    done = run(*flags)
+    assert done.returncode == 64 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -4,18 +4,21 @@
 
 Suites: plain (the step without thoughts, and backends of attention), private and persistent (steps that think),
 quiet_star (private thoughts as Quiet-STaR computes them), decode and halting (sampling, and what stopping saves), data,
-checkpoint, chip (compiled for one TPU chip, where libtpu is installed; nothing runs).
+checkpoint, chip (compiled for one TPU chip, where libtpu is installed; nothing runs), accelerator (plain and thinking
+steps in bfloat16 on the first device there is, with their MFU).
 
 Variants of a case take turns in one process that is restricted to one compute thread; times are CPU seconds on a CPU
 and wall seconds on an accelerator. Prints a table for each case: median seconds, ratio within a round to the first
 variant (the plain step, where the suite has one), ratio to the floor (1 is as many FLOP/s as the first variant
-reaches, on the FLOPs that the work needs), temporary bytes and compile time by XLA; then the bars that the case is held
-to. Everything is written as JSON.
+reaches, on the FLOPs that the work needs; nan where it needs none), tokens a second, bytes between memory and chip by
+the ledger, temporary bytes and compile time (CPU seconds) by XLA; then the bars that the case is held to. Everything is
+written as JSON.
 
---against names such a file of earlier code; configs/bench has one of each suite but chip. Then it also prints what has
-become of every variant since, and which are slower beyond the spread of the rounds or need more memory.
+--against names such a file of earlier code; configs/bench has one of each suite but chip and accelerator. Then it also
+prints what has become of every variant since, and which are slower, over the first one, beyond the spread of the
+rounds, or need more memory. Of the first one itself it prints the seconds of both: those of two runs are not judged.
 
-Exit codes: 0 measured (also when a bar is missed), 64 wrong command line, 73 the result cannot be written.
+Exit codes: 0 measured (also when a bar is missed), 64 wrong command line, 73 the result or trace cannot be written.
 """
 
 import datetime
@@ -67,15 +70,18 @@ def main(argv) -> None:
   del argv
   from thinking_lm.analysis import bench
   from thinking_lm.analysis.bench_suites import SUITES
-  from thinking_lm.training import workdir
+  from thinking_lm.training import storage, workdir
 
   if _SUITE.value not in SUITES:
-    raise UsageError(f"--suite is one of {', '.join(SUITES)}; got {_SUITE.value!r}")
+    raise UsageError(f"--suite is one of {', '.join(SUITES)}; got {_SUITE.value or 'none'}")
   cases = [case for case in SUITES[_SUITE.value]() if _CASE.value in case.name]
   if not cases:
     known = ", ".join(case.name for case in SUITES[_SUITE.value]())
     raise UsageError(f"no case of suite {_SUITE.value} contains {_CASE.value!r}; there are {known}")
   before = _earlier(_AGAINST.value, _SUITE.value) if _AGAINST.value else {}
+  path = pathlib.Path(_OUTPUT.value or f"runs/bench/{_SUITE.value}.json")
+  for file in (path, *([pathlib.Path(_PROFILE.value, "trace")] if _PROFILE.value else [])):
+    storage.check_writable(file)
   record = dict(
     suite=_SUITE.value,
     command=shlex.join(["python", "-m", "thinking_lm.bench", *sys.argv[1:]]),
@@ -85,7 +91,6 @@ def main(argv) -> None:
     written=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     cases={},
   )
-  path = pathlib.Path(_OUTPUT.value or f"runs/bench/{_SUITE.value}.json")
   for case in cases:
     results = bench.measure(case, _ROUNDS.value, _say, _PROFILE.value)
     print(bench.table(case, results), flush=True)
@@ -93,17 +98,23 @@ def main(argv) -> None:
     if case.name in before:
       print(bench.against(before[case.name], now), flush=True)
     _write(path, record)  # after every case, so that a cut run leaves what it has
-  print(f"written: {path}")
+  print(f"written: {path}" + (f", a trace in {_PROFILE.value}" if _PROFILE.value else ""))
 
 
 def _earlier(path: str, suite: str) -> dict:
   """The cases of an earlier record of the suite; says what it was measured on."""
+  from thinking_lm.analysis import bench
+
   try:
     before = json.loads(pathlib.Path(path).read_text())
     found, commit, cases = before["suite"], before["code"]["commit"], before["cases"]
     where = f"{', '.join(before['hardware']['cpu'])}, {before['hardware']['device']}"
-  except (OSError, ValueError, LookupError, TypeError) as error:
-    raise UsageError(f"--against {path} is not what this command writes: {error!r}") from error
+    for case in cases.values():
+      bench.against(case, case)
+  except OSError as error:
+    raise UsageError(f"--against {path} cannot be read: {error.strerror}") from error
+  except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+    raise UsageError(f"--against {path} is not what this command writes ({type(error).__name__}: {error})") from error
   if found != suite:
     raise UsageError(f"--against {path} is of suite {found}, not {suite}")
   _say(f"against {commit and commit[:7]} on {where}")

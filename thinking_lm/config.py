@@ -51,6 +51,19 @@ def to_config_dict(section) -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(values)
 
 
+def of_flag(flag) -> ml_collections.ConfigDict:
+  """What the file of a config flag gives. Raises ConfigError if it cannot be read, or gives something else."""
+  values = flag.value
+  try:
+    getattr(values, "keys", None)  # ml_collections keeps why a file could not be read until somebody looks
+  except OSError as error:
+    reason = str(error.__cause__ or error).strip().splitlines()[-1].strip()
+    raise ConfigError(f"--config cannot be read: {reason}") from error
+  if not isinstance(values, ml_collections.ConfigDict):
+    raise ConfigError(f"--config: its get_config gives {type(values).__name__}, which is no ConfigDict")
+  return values
+
+
 def parse(cls: type, mapping: Mapping[str, Any], path: str = "config"):
   """The dataclass that `mapping` describes; `path` is what messages call it.
 

@@ -4,6 +4,7 @@ A message says what was got, what is possible and how to mend it. Anything that 
 ours and keeps its traceback.
 """
 
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -69,19 +70,36 @@ def _tell(error: ThinkingLMError) -> int:
   return error.exit_code
 
 
+def _config_fault(error: BaseException | None) -> ConfigError | None:
+  """What is wrong with a config file, of an error that came while it was run, which is while flags are parsed."""
+  while error is not None:
+    frames = list(traceback.walk_tb(error.__traceback__))
+    parsers = [frame for frame, _ in frames if type(frame.f_locals.get("self")).__name__ == "ConfigFileFlagParser"]
+    if parsers and not str(error).startswith("Error whilst parsing config file"):  # that one goes around another
+      own = [(frame, line) for frame, line in frames if frame.f_globals.get("__name__") == "config_config"]
+      where = f" ({own[-1][0].f_code.co_filename}, line {own[-1][1]})" if own else ""
+      return ConfigError(f"--config={parsers[-1].f_locals['path']}: {type(error).__name__}: {error}{where}")
+    error = error.__cause__ or error.__context__
+  return None
+
+
 def _parse_flags(argv: Sequence[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
-  except flags.Error as error:
-    reason = str(error)
+  except SystemExit:  # --help, which absl ends with 1
+    sys.exit(0)
   except ThinkingLMError as error:  # of a config file, which is run while flags are parsed
     sys.exit(_tell(error))
-  except (AttributeError, KeyError) as error:
-    # ml_collections raises these for a --config.key that does not exist; from anywhere else they are a defect.
+  except Exception as error:
+    if fault := _config_fault(error):
+      sys.exit(_tell(fault))
+    # ml_collections raises the latter two for a --config.key that does not exist; all others are a defect.
     innermost = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
-    if innermost.f_globals["__name__"].split(".")[0] != "ml_collections":
+    missing = isinstance(error, AttributeError | KeyError)
+    missing = missing and innermost.f_globals["__name__"].split(".")[0] == "ml_collections"
+    if not missing and not isinstance(error, flags.Error):
       raise
-    reason = f"no such config key: {error.args[0]}"
+    reason = f"no such config key: {error.args[0]}" if missing else str(error)
   print(f"error: {' '.join(reason.split())}; see --help", file=sys.stderr, flush=True)
   sys.exit(UsageError.exit_code)
 
@@ -102,5 +120,8 @@ def run(main: Callable[[Sequence[str]], object], names: bool = False) -> None:
       main(argv)
     except ThinkingLMError as error:
       sys.exit(_tell(error))
+    except KeyboardInterrupt:
+      print("interrupted", file=sys.stderr)
+      sys.exit(128 + signal.SIGINT)
 
   app.run(guarded, flags_parser=_parse_flags)

@@ -238,7 +238,8 @@ class Experiment:
         term = self.with_sections(objective=dataclasses.replace(goal, entropy_weight=0.0, kl_weight=0.0, **change))
         terms[name] = lambda params, *rest, loss_fn=term.loss_fn: loss_fn(estimating(params), *rest)
     key = random_key(c.train.seed, "evaluate")
-    return (Examination(c.health.every, c.evaluation.split, c.train.batch_size, self, key, fed, terms, self._first),)
+    rows = c.train.batch_size // c.train.accumulation  # what a step has in memory at once
+    return (Examination(c.health.every, c.evaluation.split, rows, self, key, fed, terms, self._first),)
 
   def _first(self, params: Params) -> Params | None:
     """The parameters that the run started with, laid out as these; None where they are gone (train.init_from)."""

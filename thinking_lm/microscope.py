@@ -68,6 +68,7 @@ def _subject() -> Subject:
   """That of the command line."""
   import jax
 
+  from thinking_lm import config as config_lib
   from thinking_lm import experiment
   from thinking_lm.analysis import toys
   from thinking_lm.training import loop, mesh, warm
@@ -75,10 +76,11 @@ def _subject() -> Subject:
   if _WORKDIR.value:
     built, params, step = experiment.load(_WORKDIR.value, _AVERAGED.value)
     return Subject(built, params, step, experiment.carried(_WORKDIR.value, built, step))
-  values = _CONFIG.value
   if _TOY.value:
     values = experiment.default_config()
     values.update_from_flattened_dict(toys.TRANSFORMER)
+  else:
+    values = config_lib.of_flag(_CONFIG)
   built = experiment.build(experiment.parse(values))
   here = mesh.make_mesh(mesh.MeshConfig(data=1, fsdp=-1))
   run = built.run(here)

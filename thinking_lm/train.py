@@ -38,12 +38,8 @@ def main(argv) -> None:
   from thinking_lm.analysis import chips, traffic
   from thinking_lm.training import loop, mesh, workdir
 
-  try:
-    values = _CONFIG.value
-    distributed = values.get("train", {}).get("distributed") is True
-  except OSError as error:  # The flag keeps a failure to read the file until somebody looks at it.
-    raise errors.ConfigError(" ".join(str(error).split())) from error
-  if distributed:  # before the devices are counted
+  values = config_lib.of_flag(_CONFIG)
+  if values.get("train", {}).get("distributed") is True:  # before the devices are counted
     mesh.join("train.distributed")
   config = experiment.parse(values, here=True)
   built = experiment.build(config)

@@ -14,6 +14,7 @@ import pytest
 from tests import quick
 from thinking_lm.analysis import (
   bench,
+  bench_accelerator,
   bench_checkpoint,
   bench_data,
   bench_decode,
@@ -70,6 +71,9 @@ def test_variants_take_turns_and_are_recorded(monkeypatch):
   shown = table(case, found)
   assert "met: met: 1 (bar <= 1)" in shown and "MISSED: missed: 8 (bar >= 9)" in shown
   assert len(told) == 5
+  assert "MFU" not in shown and kept["variants"]["sum"]["mfu"] is None  # nobody knows a CPU's peak
+  monkeypatch.setattr(bench.chips, "peak", lambda devices: 4096.0)
+  assert record(case, found)["variants"]["sum"]["mfu"] == 0.25 and "MFU 25.0%" in table(case, found)
 
 
 def test_a_case_that_is_only_compiled():
@@ -147,6 +151,13 @@ def test_the_plain_suite_can_be_traced():
     assert jax.eval_shape(variant.function, *variant.arguments) and variant.flops and variant.tokens == 32
 
 
+def test_the_accelerator_suite_can_be_traced():
+  small = dict(layers=1, width=16, heads=2, mlp_width=32)
+  for variant in bench_accelerator.variants(V=17, T=128, B=1, **small):
+    assert jax.eval_shape(variant.function, *variant.arguments) and variant.flops and variant.tokens == 128
+  assert [case.name for case in bench_accelerator.cases()] == ["bf16_D1024_V32000_T1024_B8"]
+
+
 def test_thoughts_of_no_tokens_cost_nothing():
   # The head's control rows and the masks of documents are all that a decoder by hand does without.
   by_hand, nothing = (
@@ -184,11 +195,14 @@ def test_what_has_become_of_a_case_is_told():
   assert "3.000 -> 2.250, faster" in lines["fast"]
   assert "SLOWER" not in lines["same"] and "faster" not in lines["same"], "the rounds overlap"
   assert "was not measured" in lines["new"]
+  assert lines["plain"].endswith("plain: 2 -> 2 s, 100.0 -> 103.0 MiB, MORE MEMORY"), (
+    "its own ratio is 1 whatever it takes"
+  )
   compiled = kept(100, plain=[], think=[])
   assert "SLOWER" not in bench.against(compiled, compiled) and "MORE" not in bench.against(compiled, compiled)
 
 
-@pytest.mark.parametrize("suite", sorted(set(bench_suites.SUITES) - {"chip"}))
+@pytest.mark.parametrize("suite", sorted(set(bench_suites.SUITES) - {"chip", "accelerator"}))
 def test_every_suite_has_an_earlier_result_to_go_against(suite):
   before = json.loads((ROOT / f"configs/bench/{suite}.json").read_text())
   assert before["suite"] == suite and before["code"]["commit"] and before["hardware"]["cpu"]
@@ -196,13 +210,25 @@ def test_every_suite_has_an_earlier_result_to_go_against(suite):
   assert all(bench.against(case, case) for case in before["cases"].values())
 
 
+@pytest.mark.parametrize("flag", ["output", "profile"])
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, flag):
+  (tmp_path / "file").touch()
+  places = dict(output=str(tmp_path / "result.json")) | {flag: str(tmp_path / "file" / "x")}
+  code, said, told = quick.command("bench", "--suite=data", *(f"--{name}={place}" for name, place in places.items()))
+  assert code == 73 and told.startswith("error: cannot write") and told.count("\n") == 1 and not said
+  assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_another_suite_or_an_unknown_one_is_told(tmp_path):
   code, _, told = quick.command("bench", "--suite=fast")
   assert code == 64 and re.search("^error: .*plain.*fast", told)
   (tmp_path / "other.json").write_text("{}")
+  kept = json.loads((ROOT / "configs/bench/data.json").read_text())
+  (tmp_path / "damaged.json").write_text(json.dumps(kept | dict(cases=dict(bytes_T1024=dict(variants=dict(read=3))))))
   for file, words in (
     (ROOT / "configs/bench/plain.json", "is of suite plain"),
     (tmp_path / "other.json", "is not what"),
+    (tmp_path / "damaged.json", "is not what"),
   ):
     code, _, told = quick.command("bench", "--suite=data", f"--against={file}")
     assert code == 64 and words in told and told.count("\n") == 1

@@ -33,9 +33,9 @@ class World:
       health=dict(every=1, patience=1),
     )
     self.built = experiment.build(experiment.parse(config))
-    put = lambda batch: jax.tree.map(jnp.asarray, batch)
-    (self.look,) = self.built._examinations(put)
-    self.batch = put(next(iter(self.built.data.evaluation_batches("validation", batch_size=8))))
+    (self.look,) = self.built._examinations(harness.hand)
+    batch = next(iter(self.built.data.evaluation_batches("validation", batch_size=8)))
+    self.batch = jax.tree.map(jnp.asarray, batch)
     self.told = jax.jit(self._told)
 
   def _told(self, params, older, reference):

@@ -201,10 +201,16 @@ def test_a_heads_own_loss_is_no_part_of_the_score_terms_gradient():
     objective=SCORED | dict(advantage="value"),
     health=dict(every=1),
   )
-  (look,) = subject._examinations(lambda batch: jax.tree.map(jnp.asarray, batch))
+  (look,) = subject._examinations(harness.hand)
   carried = Carried(step=0, extra=carry.init(subject.config.objective, params))
   grads, _ = look._terms["score"](params, look._rows(), harness.KEY, carried, 0)
   assert optax.tree.norm(grads["heads"]) == 0 < optax.tree.norm(grads["embedding"])
+
+
+def test_an_examination_has_no_more_rows_in_memory_than_a_step():
+  subject, *_ = harness.make(thought=TWO, train=dict(batch_size=8, accumulation=4), health=dict(every=1))
+  (look,) = subject._examinations(harness.hand)
+  assert len(look._rows().ids_B) == 2
 
 
 def test_first_parameters_that_are_gone_are_said_and_not_missed(tmp_path, caplog):

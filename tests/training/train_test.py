@@ -41,6 +41,25 @@ def test_faults_are_lines_and_nothing_is_touched(tmp_path, arguments, code, text
   assert not workdir.exists()
 
 
+@pytest.mark.parametrize(
+  "text, words",
+  [
+    ("x = (", "SyntaxError"),
+    ("def get_config():\n  return 1 // 0", "ZeroDivisionError: integer division or modulo by zero (config.py, line 2)"),
+    (
+      "def get_config():\n  return int('a')",
+      "ValueError: invalid literal for int() with base 10: 'a' (config.py, line 2)",
+    ),
+    ("def get_config():\n  return 3", "its get_config gives int"),
+  ],
+)
+def test_a_config_file_that_fails_is_told_with_its_line(tmp_path, text, words):
+  (tmp_path / "config.py").write_text(text)
+  ended = run(f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/run")
+  assert ended.returncode == 78 and words in ended.stderr.replace(f"{tmp_path}/", ""), ended.stderr
+  assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
+
+
 def test_what_was_mended_in_the_data_is_said_before_the_start(tmp_path):
   (tmp_path / "a").write_bytes(b"some text " * 20)
   (tmp_path / "b").touch()
@@ -53,4 +72,4 @@ def test_what_was_mended_in_the_data_is_said_before_the_start(tmp_path):
 def test_help_lists_the_config():
   ended = run("--help")
   assert "--config.train.max_skips=5: non-finite steps in a row" in ended.stdout
-  assert "Exit codes" in ended.stdout
+  assert "Exit codes" in ended.stdout and ended.returncode == 0

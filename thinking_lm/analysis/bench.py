@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from thinking_lm.analysis import ahead
+from thinking_lm.analysis import ahead, chips
 
 
 class Variant(NamedTuple):
@@ -58,6 +58,12 @@ class Result:
   def median(self) -> float:
     """Seconds; NaN if it was only compiled."""
     return statistics.median(self.seconds) if self.seconds else float("nan")
+
+  @property
+  def mfu(self) -> float:
+    """Share of the chip's peak (bfloat16, `chips.CHIPS`) that the needed FLOPs take; NaN on a chip that it has not."""
+    peak = chips.peak(jax.devices()[:1])
+    return self.variant.flops / self.median / peak if peak and self.variant.flops else float("nan")
 
   @property
   def tokens_per_second(self) -> float:
@@ -187,7 +193,9 @@ def table(case: Case, results: Results) -> str:
       timed = f"{result.median:12.4g} {ratio(results, name, first):10.3f} {over_floor(results, name, first):10.3f}"
       timed += f" {result.tokens_per_second:9.4g}"
     moved = f"{result.variant.moved / 1e9:9.3g}" if result.variant.moved else f"{'-':>9}"
-    lines.append(f"  {name:{width}} {timed} {moved} {result.temp_bytes / 2**20:10.1f} {result.compile_seconds:10.1f}")
+    mfu = f"  MFU {result.mfu:.1%}" if result.mfu == result.mfu else ""
+    rest = f"{moved} {result.temp_bytes / 2**20:10.1f} {result.compile_seconds:10.1f}{mfu}"
+    lines.append(f"  {name:{width}} {timed} {rest}")
   for bar in case.bars:
     value = bar.value(results)
     word, sign = ("met" if _met(bar, value) else "MISSED"), ("<=" if bar.at_most else ">=")
@@ -205,6 +213,7 @@ def record(case: Case, results: Results) -> dict[str, Any]:
       median=known(result.median),
       ratio=ratio(results, name, first) if case.timed else None,
       over_floor=known(over_floor(results, name, first)) if case.timed else None,
+      mfu=known(result.mfu),
       flops=result.variant.flops,
       moved=result.variant.moved,
       xla_flops=result.xla_flops,
@@ -227,8 +236,9 @@ MORE_BYTES = 1.02
 def against(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
   """What has become of a case since an earlier `record` of it: one line a variant.
 
-  Times are ratios to the case's first variant. A variant is called slower or faster if every round's ratio is above, or
-  below, every one of the earlier rounds: by chance that is one case in 126 with five rounds each. Temporary bytes do
+  Times are ratios to the case's first variant, of which the seconds themselves are told: no ratio shows whether it has
+  changed, and those of two runs are not compared. A variant is called slower or faster if every round's ratio is above,
+  or below, every one of the earlier rounds: by chance that is one case in 126 with five rounds each. Temporary bytes do
   not vary from run to run.
   """
   lines = [f"  since then: x {now['reference']}, temporary bytes"]
@@ -238,7 +248,10 @@ def against(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
       continue
     rounds = [_in_rounds(each, name) for each in (before, now)]
     words = []
-    if all(rounds) and before["reference"] == now["reference"]:
+    if name == now["reference"] == before["reference"]:
+      if all(rounds):
+        words.append(" -> ".join(f"{statistics.median(each['seconds']):.4g}" for each in (old, new)) + " s")
+    elif all(rounds) and before["reference"] == now["reference"]:
       low, high = min(rounds[1]) > max(rounds[0]), max(rounds[1]) < min(rounds[0])
       words.append(f"{statistics.median(rounds[0]):.3f} -> {statistics.median(rounds[1]):.3f}")
       words += ["SLOWER"] * low + ["faster"] * high

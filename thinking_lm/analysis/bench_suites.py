@@ -1,6 +1,7 @@
 """The suites of `python -m thinking_lm.bench`. A new one is a function that gives its cases, and a line here."""
 
 from thinking_lm.analysis import (
+  bench_accelerator,
   bench_checkpoint,
   bench_chip,
   bench_data,
@@ -13,6 +14,7 @@ from thinking_lm.analysis import (
 )
 
 SUITES = dict(
+  accelerator=bench_accelerator.cases,
   checkpoint=bench_checkpoint.cases,
   chip=bench_chip.cases,
   data=bench_data.cases,

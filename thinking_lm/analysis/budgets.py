@@ -47,6 +47,28 @@ def budget(found: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
+def entry_faults(name: str, entry: Any, parts: tuple[str, ...]) -> list[str]:
+  """Lines about an entry of a budget file that is not what `budget` and its reader make of it."""
+  if not isinstance(entry, dict) or not isinstance(entry.get("topology"), str):
+    return [f"{name}: an entry is an object with a topology and parts"]
+  asked, kept = entry.get("parts"), entry.get("budget", {})
+  if not isinstance(asked, list) or not asked or not set(asked) <= set(parts):
+    return [f"{name}: parts must be some of {', '.join(parts)}, got {asked}"]
+  if not isinstance(entry.get("slices", 1), int) or not isinstance(kept, dict):
+    return [f"{name}: slices must be a number, and budget an object"]
+  sound = lambda part: isinstance(part, dict) and _number(part.get("peak_gib")) and _counts(part.get("collectives"))
+  return [f"{name}: the budget of {part} has no peak_gib and collectives" for part in kept if not sound(kept[part])]
+
+
+def _number(value: Any) -> bool:
+  return isinstance(value, int | float)
+
+
+def _counts(kinds: Any) -> bool:
+  of_kind = lambda each: isinstance(each, dict) and all(_number(each.get(key)) for key in ("instructions", "gib"))
+  return isinstance(kinds, dict) and all(map(of_kind, kinds.values()))
+
+
 def known(entry: Mapping[str, Any], again: bool) -> dict[str, str]:
   """The fingerprints of an entry of a budget file: its parts that need not be compiled. again: all of them have to."""
   kept = {} if again else entry.get("budget", {})
@@ -85,6 +107,6 @@ def brief(found: Mapping[str, Any]) -> str:
   parts = ", ".join(f"{name} {part['peak'] / GIB:.2f}" for name, part in found["parts"].items())
   estimate = found["estimate"]
   rest = f"; unchanged since they were compiled: {', '.join(same)}" if same else ""
-  tail = f"; a step of {estimate['fast']:.2f} s at best, MFU {estimate['mfu_thinking']:.0%}" if estimate else ""
+  tail = f"; a step of {estimate['fast']:.3g} s at best, MFU {estimate['mfu_thinking']:.0%}" if estimate else ""
   spent = sum(part["seconds"] for part in found["parts"].values())
   return f"{parts} of {found['chip']['usable'] / GIB:.2f} GiB a device{tail} ({spent:.0f} CPU s){rest}"

@@ -9,6 +9,7 @@ The one table for plans, training metrics and benches. Sources, as read in 2026:
 * h100: NVIDIA's data sheet of the SXM5 part: 989 dense bf16 TFLOP/s, 3.35 TB/s, NVLink 900 GB/s in both directions
   together; dcn is one 400 Gbit/s card a GPU, as in a DGX H100. `usable` is an estimate: the 81,559 MiB of nvidia-smi
   less 0.65 GiB for CUDA; JAX takes 75 % of the memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+* h200: the same with the memory of its data sheet, 4.8 TB/s; nvidia-smi has 143,771 MiB.
 
 `usable` of a TPU is what the compiler of libtpu 0.0.42.1 itself allows a program ("available HBM" in its refusals, all
 five of them provoked). None of this was checked on a chip.
@@ -51,6 +52,7 @@ CHIPS = dict(
   v6e=Chip(918e12, 31.25 * GIB, 1638 * GB, 400 * GB, 12.5 * GB, "TPU v6 lite"),
   tpu7x=Chip(2307e12 / 2, 94.75 * GIB, 7380 * GB / 2, 600 * GB / 2, 12.5 * GB / 2, "TPU7x"),
   h100=Chip(989e12, 79.0 * GIB, 3350 * GB, 450 * GB, 50 * GB, "NVIDIA H100 80GB HBM3"),
+  h200=Chip(989e12, 139.75 * GIB, 4800 * GB, 450 * GB, 50 * GB, "NVIDIA H200"),
 )
 
 # What makes libtpu compile without a TPU, beside other processes that hold it, and without waiting for a metadata
@@ -76,20 +78,23 @@ def peak(devices: Sequence) -> float:
   return sum(chip.flops for chip in found) if all(found) else 0.0
 
 
-# What the GPU compiler must know of a device that is not here, by chip: XLA's GpuTargetConfigProto.
-GPU_TARGETS = dict(
-  h100="""gpu_device_info {
-  cuda_compute_capability { major: 9 minor: 0 } core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+HOPPER = """gpu_device_info {{
+  cuda_compute_capability {{ major: 9 minor: 0 }} core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
   shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
-  l2_cache_size: 52428800 memory_bandwidth: 3350000000000 device_memory_size: 84825604096
-}
+  l2_cache_size: 52428800 memory_bandwidth: {bandwidth:.0f} device_memory_size: {memory}
+}}
 platform_name: "CUDA"
-device_description_str: "NVIDIA H100 80GB HBM3"
-""",
-)
+device_description_str: "{kind}"
+"""
+
+# What the GPU compiler must know of a device that is not here, by chip: XLA's GpuTargetConfigProto.
+GPU_TARGETS = {
+  name: HOPPER.format(bandwidth=CHIPS[name].hbm, memory=memory, kind=CHIPS[name].kind)
+  for name, memory in dict(h100=84825604096, h200=150754820096).items()
+}
 
 
 def pod(topology: str, slices: int = 1) -> tuple[Chip, list[jax.Device], int]:
@@ -106,7 +111,7 @@ def pod(topology: str, slices: int = 1) -> tuple[Chip, list[jax.Device], int]:
     known = ", ".join(known for known in CHIPS if known not in GPU_TARGETS)
     raise ConfigError(
       f"topology {topology!r} is not NAME:AxB or NAME:AxBxC with a name of {known}, such as v5e:16x16 (cloud names "
-      "count cores: v5p-1024 is v5p:8x8x8), nor h100:HOSTSxGPUS"
+      "count cores: v5p-1024 is v5p:8x8x8), nor h100:HOSTSxGPUS or h200:HOSTSxGPUS"
     )
   os.environ.update({key: value for key, value in QUIET.items() if key not in os.environ})
   try:

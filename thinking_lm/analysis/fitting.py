@@ -64,7 +64,7 @@ def alternatives(config: Any, decode: pods.Decode, devices: int) -> Iterator[tup
 
 def fewer_prompts(config: Any, decode: pods.Decode, devices: int) -> Iterator[tuple[str, Any, pods.Decode]]:
   """The same of decoding: fewer prompts at once, then a wider tensor axis, which splits the weights."""
-  while decode.rows > 1 and not device_faults(config.mesh, decode.rows // 2, 1, devices, 1):
+  while decode.rows > 1 and not device_faults(config.mesh, decode.rows // 2, 1, devices):
     decode = decode._replace(rows=decode.rows // 2)
     yield f"--rows={decode.rows}", config, decode
   for mesh, narrow in _narrower(config):
@@ -74,7 +74,7 @@ def fewer_prompts(config: Any, decode: pods.Decode, devices: int) -> Iterator[tu
 def fewer_rows(config: Any, decode: pods.Decode, devices: int) -> Iterator[tuple[str, Any, pods.Decode]]:
   """The same of evaluation: fewer rows at once, then a wider tensor axis."""
   rows = config.evaluation.batch_size or config.train.batch_size
-  while rows > 1 and not device_faults(config.mesh, rows // 2, 1, devices, 1):
+  while rows > 1 and not device_faults(config.mesh, rows // 2, 1, devices):
     rows //= 2
     config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, batch_size=rows))
     yield f"evaluation.batch_size={rows}", config, decode
@@ -103,4 +103,4 @@ def _train(config: Any, **options: int) -> Any:
 
 
 def _faults(config, devices: int) -> list[str]:
-  return device_faults(config.mesh, config.train.batch_size, config.train.accumulation, devices, 1)
+  return device_faults(config.mesh, config.train.batch_size, config.train.accumulation, devices)

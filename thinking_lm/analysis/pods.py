@@ -118,8 +118,8 @@ def show(plan: Plan, where: str) -> str:
   if plan.estimate:
     e = plan.estimate
     lines.append(
-      f"roofline: compute {e.compute:.3f} s, memory {e.memory:.3f} s, network {e.network:.3f} s, between slices "
-      f"{e.slices:.3f} s: a step takes {e.fast:.3f} s (all overlap) to {e.slow:.3f} s (nothing does); MFU at best "
+      f"roofline: compute {e.compute:.3g} s, memory {e.memory:.3g} s, network {e.network:.3g} s, between slices "
+      f"{e.slices:.3g} s: a step takes {e.fast:.3g} s (all overlap) to {e.slow:.3g} s (nothing does); MFU at best "
       f"{e.mfu_thinking:.1%} thinking included, {e.mfu_real:.1%} for the real tokens alone"
     )
     lines += [f"  assumed: {line}" for line in roofline.assumptions(plan.chip)]

@@ -18,7 +18,8 @@ def assumptions(chip: Chip) -> tuple[str, ...]:
   return (
     f"matrix products run at the chip's peak, {chip.flops / 1e12:.0f} TFLOP/s: bf16 in and float32 accumulated",
     f"memory moves {chip.hbm / GB:.0f} GB/s of what analysis/traffic.py counts: scores and logits are written and read",
-    f"collectives use all links of a chip at once, {chip.ici / GB:.0f} GB/s, and nothing else delays them",
+    f"collectives use all links of a chip at once, {chip.ici / GB:.0f} GB/s, an all-reduce for twice its bytes, and "
+    "nothing else delays them",
     f"between slices (of GPUs: hosts) travels what the program sends there, on a ring, {chip.dcn / GB:.4g} GB/s a chip",
     "fast: compute, memory and network overlap fully, the step takes the longest; slow: they follow one another",
   )

@@ -46,7 +46,7 @@ def join(option: str) -> None:
     jax.distributed.initialize()
   except ValueError as error:
     raise ConfigError(
-      f"{option} is set, and nothing here says which the other processes are ({str(error).rstrip('.')}): start the "
+      f"{option} is set, and JAX cannot tell here which the other processes are ({str(error).rstrip('.')}): start the "
       "command on every host of a TPU pod, or by Slurm's, Open MPI's or Kubernetes' launcher, or turn it off"
     ) from error
 

@@ -3,9 +3,13 @@
 import hashlib
 import json
 import os
+import pathlib
+import tempfile
 from typing import Any
 
 from etils import epath
+
+from thinking_lm.errors import WorkdirError
 
 
 def is_local(path: epath.Path) -> bool:
@@ -41,6 +45,18 @@ def fsync(path: epath.Path) -> None:
       os.fsync(descriptor)
     finally:
       os.close(descriptor)
+
+
+def check_writable(path: pathlib.Path) -> None:
+  """Makes the directory of a file that is to be written later. Raises WorkdirError if it could not be."""
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+      pass
+  except OSError as error:
+    raise WorkdirError(f"cannot write {path}: {error.strerror}") from error
+  if path.is_dir():
+    raise WorkdirError(f"cannot write {path}: it is a directory")
 
 
 def write_atomic(path: epath.Path, text: str) -> None:
