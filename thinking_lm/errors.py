@@ -86,20 +86,21 @@ def _config_fault(error: BaseException | None) -> ConfigError | None:
 def _parse_flags(argv: Sequence[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
-  except SystemExit:  # --help, which absl ends with 1
-    sys.exit(0)
   except ThinkingLMError as error:  # of a config file, which is run while flags are parsed
     sys.exit(_tell(error))
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     if fault := _config_fault(error):
       sys.exit(_tell(fault))
-    # ml_collections raises the latter two for a --config.key that does not exist; all others are a defect.
-    innermost = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
-    missing = isinstance(error, AttributeError | KeyError)
-    missing = missing and innermost.f_globals["__name__"].split(".")[0] == "ml_collections"
-    if not missing and not isinstance(error, flags.Error):
-      raise
-    reason = f"no such config key: {error.args[0]}" if missing else str(error)
+    if isinstance(error, SystemExit):  # --help, which absl ends with 1
+      sys.exit(0)
+    reason = str(error)
+    if not isinstance(error, flags.Error):
+      # ml_collections raises these for a --config.key that does not exist; from anywhere else they are a defect.
+      innermost = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+      ours = innermost.f_globals["__name__"].split(".")[0] != "ml_collections"
+      if ours or not isinstance(error, AttributeError | KeyError):
+        raise
+      reason = f"no such config key: {error.args[0]}"
   print(f"error: {' '.join(reason.split())}; see --help", file=sys.stderr, flush=True)
   sys.exit(UsageError.exit_code)
 

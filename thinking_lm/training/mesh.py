@@ -26,7 +26,9 @@ class MeshConfig:
   )
   fsdp: int = option(1, "devices that share the rows and hold a part of every parameter each; -1 as above", low=-1)
   tensor: int = option(1, "devices that split heads, MLP and vocabulary; -1 as above", low=-1)
-  sequence: int = option(1, "devices that split the tokens of a row; -1 as above", low=-1)
+  sequence: int = option(
+    1, "devices that split the tokens of a row (but where serial thoughts stay in it: refused); -1 as above", low=-1
+  )
 
   def faults(self):
     """Lines about sizes that cannot go together."""
