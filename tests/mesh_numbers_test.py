@@ -260,6 +260,16 @@ def test_evaluation_and_generation_run_on_the_mesh_of_their_parameters(monkeypat
     built.generate(placed, [b"012 021", b"102"], jax.random.key(2), Sampling(4))
 
 
+def test_draws_can_be_traced_where_many_devices_trade_places_in_stages(monkeypatch):
+  built, mesh = small("hybrid", **PRIVATE), make_mesh(MeshConfig(data=1, fsdp=-1))
+  monkeypatch.setattr(sharding, "STAGED", mesh.size)
+  keys = jax.random.split(jax.random.key(2), 3)
+  with jax.set_mesh(mesh):
+    rows = global_batch(mesh, next(built.data.batches("train", global_batch=8)))
+    traced = jax.make_jaxpr(Runner(built).draw)(built.model.shapes, rows, keys)
+  assert "all_to_all" in str(traced) and traced.out_avals[0].shape == (3, *rows.tokens_BT.shape)
+
+
 def test_what_thinks_slot_after_slot_is_not_split_along_its_row():
   ends = {"thought.halting": "entropy"}
   for recipe, values in (("latent", {}), ("pause", ends), ("nll_only", {"thought.rescore": False})):

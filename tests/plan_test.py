@@ -95,6 +95,7 @@ def test_the_budget_files_name_every_pod_and_recipe():
   [
     (3, "an object with a topology"),
     (dict(parts=["training"]), "parts must be some of train, generate, evaluate, got ['training']"),
+    (dict(parts=[["train"]]), "parts must be some of"),
     (dict(slices="2"), "slices must be a number"),
     (dict(budget=dict(train=dict(peak_gib="x", collectives={}))), "the budget of train has no peak_gib"),
     (dict(budget=dict(train=dict(peak_gib=1.0, collectives={"all-gather": 3}))), "the budget of train"),

@@ -80,8 +80,9 @@ def main(argv) -> None:
     raise UsageError(f"no case of suite {_SUITE.value} contains {_CASE.value!r}; there are {known}")
   before = _earlier(_AGAINST.value, _SUITE.value) if _AGAINST.value else {}
   path = pathlib.Path(_OUTPUT.value or f"runs/bench/{_SUITE.value}.json")
-  for file in (path, *([pathlib.Path(_PROFILE.value, "trace")] if _PROFILE.value else [])):
-    storage.check_writable(file)
+  storage.check_writable(path)
+  if _PROFILE.value and "://" not in _PROFILE.value:
+    storage.check_writable(pathlib.Path(_PROFILE.value, ".trace"))
   record = dict(
     suite=_SUITE.value,
     command=shlex.join(["python", "-m", "thinking_lm.bench", *sys.argv[1:]]),

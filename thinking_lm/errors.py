@@ -1,7 +1,7 @@
 """What can go wrong for a user, each with its exit code, and the one place that turns it into one clear line.
 
 A message says what was got, what is possible and how to mend it. Anything that is not one of these is a defect of
-ours and keeps its traceback.
+ours and keeps its traceback, but for what a config file raises: that is told with the file's line.
 """
 
 import signal
@@ -78,7 +78,9 @@ def _config_fault(error: BaseException | None) -> ConfigError | None:
     if parsers and not str(error).startswith("Error whilst parsing config file"):  # that one goes around another
       own = [(frame, line) for frame, line in frames if frame.f_globals.get("__name__") == "config_config"]
       where = f" ({own[-1][0].f_code.co_filename}, line {own[-1][1]})" if own else ""
-      return ConfigError(f"--config={parsers[-1].f_locals['path']}: {type(error).__name__}: {error}{where}")
+      reason = str(error).strip().splitlines() if isinstance(error, OSError) else str(error).split()
+      reason = reason[-1].strip() if isinstance(error, OSError) else " ".join(reason)
+      return ConfigError(f"--config={parsers[-1].f_locals['path']}: {type(error).__name__}: {reason}{where}")
     error = error.__cause__ or error.__context__
   return None
 

@@ -45,7 +45,9 @@ from thinking_lm.errors import ConfigError, UsageError, WorkdirError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a trained run; gs:// paths also work.")
 _SPLIT = flags.DEFINE_string("split", "validation", "validation, test or train.")
-_BATCH = flags.DEFINE_integer("batch_size", 32, "Rows at once; changes memory and speed only.", lower_bound=1)
+_BATCH = flags.DEFINE_integer(
+  "batch_size", 32, "Rows at once, rounded up to what the devices divide; changes memory and speed only.", lower_bound=1
+)
 _LIMIT = flags.DEFINE_integer("limit", 0, "Evaluate the first rows only; 0: all.", lower_bound=0)
 _CONTROLS = flags.DEFINE_list("controls", None, "Lines of the table; default: all that say something about the model.")
 _SAMPLES = flags.DEFINE_list("samples", ["1", "8", "32"], "The K of log-mean-exp, for thoughts that are drawn.")
@@ -105,11 +107,13 @@ def main(argv) -> None:
   subject, params, step = experiment.load(
     _WORKDIR.value, _AVERAGED.value, places={name: flag.value for name, flag in _PLACES.items()}
   )
+  workdir.agree_command(step, subject.data.digest)
   subject = subject.rethought(_THOUGHT.value)
   if not subject.data.rows(_SPLIT.value):
     full = [name for name in subject.data.splits if subject.data.rows(name)]
     raise ConfigError(f"this run's data has no {_SPLIT.value} rows; there are {', '.join(full)}")
   mesh, leads = mesh_lib.everywhere(), jax.process_index() == 0
+  size = -(-_BATCH.value // mesh.size) * mesh.size
   task = subject.data.task
   tagging = task is not None and task.tagging
   answer = functools.partial(continuations.answers, subject, params, key=state.key(_SEED.value, "generate"))
@@ -118,13 +122,13 @@ def main(argv) -> None:
     params,
     _SPLIT.value,
     key=state.key(_SEED.value, "evaluate"),
-    batch_size=_BATCH.value,
+    batch_size=size,
     limit=_LIMIT.value or None,
     controls=_CONTROLS.value or None,
     samples=samples,
     put=lambda batch: mesh_lib.global_batch(mesh, batch),
     answer=answer if task is not None and not tagging and _GENERATE.value else None,
-    **(dict(progress=Progress()) if leads else {}),
+    progress=Progress() if leads else lambda done, total: None,
   )
   if not leads:
     return

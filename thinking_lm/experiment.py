@@ -238,7 +238,7 @@ class Experiment:
         term = self.with_sections(objective=dataclasses.replace(goal, entropy_weight=0.0, kl_weight=0.0, **change))
         terms[name] = lambda params, *rest, loss_fn=term.loss_fn: loss_fn(estimating(params), *rest)
     key = random_key(c.train.seed, "evaluate")
-    rows = c.train.batch_size // c.train.accumulation  # what a step has in memory at once
+    rows = max(2, c.train.batch_size // c.train.accumulation)  # in memory at once, as in a step; halves need two
     return (Examination(c.health.every, c.evaluation.split, rows, self, key, fed, terms, self._first),)
 
   def _first(self, params: Params) -> Params | None:
@@ -333,7 +333,7 @@ def _proxy(thought: ThoughtConfig, data: pipeline.Data) -> tuple[Model, Params] 
   built, params, _ = load(thought.proxy, rows=False)
   if built.data.tokenizer.digest != data.tokenizer.digest:
     raise ConfigError(f"thought.proxy {thought.proxy} was trained with another tokenizer than this run has")
-  return built.model, params
+  return built.model, fetch(params) if jax.process_count() > 1 else params  # functions close over them
 
 
 def sketch(config: ExperimentConfig) -> Experiment:

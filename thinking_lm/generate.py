@@ -56,18 +56,19 @@ def main(argv) -> None:
   del argv
   if not _WORKDIR.value:
     raise UsageError("--workdir=DIR is needed; see --help")
-  prompts = _prompts()
   import jax
 
   from thinking_lm import experiment
   from thinking_lm.model.generate import Sampling
-  from thinking_lm.training import mesh, state
+  from thinking_lm.training import mesh, state, workdir
 
   if _DISTRIBUTED.value:
     mesh.join("--distributed")
+  prompts = _prompts()
   subject, params, step = experiment.load(
     _WORKDIR.value, _AVERAGED.value, rows=False, places=dict(tokenizer=_TOKENIZER.value)
   )
+  workdir.agree_command(step, subject.data.digest, prompts=[prompt.hex() for prompt in prompts])
   subject = subject.rethought(_THOUGHT.value)
   if subject.data.task is not None and subject.data.task.tagging:
     raise ConfigError(

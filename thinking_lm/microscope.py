@@ -82,7 +82,7 @@ def _subject() -> Subject:
   else:
     values = config_lib.of_flag(_CONFIG)
   built = experiment.build(experiment.parse(values))
-  here = mesh.make_mesh(mesh.MeshConfig(data=1, fsdp=-1))
+  here = mesh.everywhere()
   run = built.run(here)
   with jax.set_mesh(here):
     state = warm.first_state(run, loop.program(run, here))
@@ -211,6 +211,7 @@ def main(argv) -> None:
   """Measures, prints and writes."""
   del argv
   from thinking_lm.analysis import estimators, microscope_report, toys
+  from thinking_lm.sharding import on_mesh_of
 
   if [bool(_WORKDIR.value), _CONFIG.value is not None, bool(_TOY.value)].count(True) != 1:
     raise UsageError("one of --workdir=DIR, --config=FILE and --toy=NAME is needed; see --help")
@@ -227,7 +228,8 @@ def main(argv) -> None:
         raise UsageError(f"unknown {what} {name!r}; known: {', '.join(known)}")
   began = time.monotonic()
   subject = _subject()
-  found = measure(subject, names)
+  with on_mesh_of(subject.params):
+    found = measure(subject, names)
   thought, step = subject.run.config.thought, subject.step
   own = "" if thought.kind == "sampled" else f" (the run's own are of kind {thought.kind})"
   what = f"{thought.length} sampled think tokens{own}, {thought.topology}, {thought.placement}"

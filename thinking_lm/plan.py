@@ -16,7 +16,7 @@ FLOPs on all devices: base (the real tokens), think (think tokens), readout (hea
 (other passes), backward, their total, and the floor: each product once forward and twice backward; and the bytes
 between memory and chip of one device.
 
-Exit codes: 0 fits (or all budgets hold), 1 does not, 64 wrong command line or damaged budget file, 73 --json cannot be
+Exit codes: 0 fits (or all budgets hold), 1 does not, 64 wrong command line or damaged budget file, 73 a file cannot be
 written, 78 wrong config or topology.
 """
 
@@ -82,7 +82,7 @@ def main(argv) -> None:
   decode = pods.Decode(_ROWS.value, _PROMPT.value, _TOKENS.value)
   if _BUDGETS.value:
     sys.exit(_check(pathlib.Path(_BUDGETS.value), decode))
-  if _CONFIG.value is None or not _TOPOLOGY.value:
+  if not flags.FLAGS["config"].present or not _TOPOLOGY.value:
     raise errors.UsageError("--config=configs/pod/NAME.py and --topology=v5e:16x16 are needed; see --help")
   if _JSON.value:
     storage.check_writable(pathlib.Path(_JSON.value))
@@ -91,7 +91,7 @@ def main(argv) -> None:
   plan = pods.plan(_sketch(values), chip, devices, groups, _PARTS.value, decode)
   print(pods.show(plan, f"{_TOPOLOGY.value} x {_SLICES.value}"))
   if _JSON.value:
-    pathlib.Path(_JSON.value).write_text(json.dumps(budgets.record(plan), indent=2) + "\n")
+    storage.write_atomic(pathlib.Path(_JSON.value), json.dumps(budgets.record(plan), indent=2) + "\n")
   if all(part.fits for part in plan.parts.values()):
     return
   print(f"does not fit: {fitting.advice(plan, _FIT.value, _sketch, devices, decode)}", file=sys.stderr)
@@ -109,8 +109,11 @@ def _check(path: pathlib.Path, decode) -> int:
   """Compiles the pods of a budget file. Returns the exit code."""
   from thinking_lm.analysis import budgets
   from thinking_lm.data.pipeline import end_with_parent
+  from thinking_lm.training import storage
 
   entries = _entries(path)
+  if _WRITE.value:
+    storage.check_writable(path)
   asked = set(_PARTS.value)
   chosen = {name: entry for name, entry in entries.items() if _ONLY.value in name and asked & set(entry["parts"])}
   if not chosen:
@@ -133,7 +136,7 @@ def _check(path: pathlib.Path, decode) -> int:
       print(f"{name}: {'; '.join(lines) or budgets.brief(found)}", flush=True)
       if _WRITE.value and all(part["fits"] for part in found["parts"].values()):
         entry["budget"] = entry.get("budget", {}) | budgets.budget(found)
-        path.write_text(json.dumps(entries, indent=2) + "\n")
+        storage.write_atomic(path, json.dumps(entries, indent=2) + "\n")
   return int(broken > 0)
 
 
@@ -161,7 +164,12 @@ def _compiled(directory: pathlib.Path, name: str, entry: dict, parts: list[str],
   from thinking_lm.analysis import budgets, chips, pods
 
   file, _, recipe = name.partition(":")
-  values = runpy.run_path(str(directory / f"{file}.py"))["get_config"](recipe)
+  try:
+    values = runpy.run_path(str(directory / f"{file}.py"))["get_config"](recipe)
+  except errors.ThinkingLMError:
+    raise
+  except Exception as error:  # as of a file that --config names
+    raise errors.ConfigError(f"{directory / file}.py: {type(error).__name__}: {error}") from error
   chip, devices, groups = chips.pod(entry["topology"], entry.get("slices", 1))
   parts = [part for part in entry["parts"] if part in parts]
   known = budgets.known(entry, again)

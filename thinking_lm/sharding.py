@@ -6,7 +6,7 @@ The model names the axes of its parameters and of its activations; only `RULES` 
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -65,12 +65,13 @@ def _wanted(name: str, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
   return tuple(axis for axis in ((rule,) if isinstance(rule, str) else rule) if axis not in mesh.manual_axes)
 
 
-def on_mesh_of(arrays: Any) -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def on_mesh_of(arrays: Any) -> Iterator[None]:
   """Sets the mesh that arrays are split over, for what is traced inside; without one nothing changes."""
-  for leaf in jax.tree.leaves(arrays):
-    if isinstance(getattr(leaf, "sharding", None), NamedSharding):
-      return jax.set_mesh(leaf.sharding.mesh)
-  return contextlib.nullcontext()
+  found = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(arrays))
+  mesh = next((sharding.mesh for sharding in found if isinstance(sharding, NamedSharding)), None)
+  with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+    yield
 
 
 def fetch(arrays: Any) -> Any:

@@ -30,7 +30,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, created i
 def main(argv) -> None:
   """Parses the config, builds the experiment and trains it."""
   del argv
-  if _CONFIG.value is None or not _WORKDIR.value:
+  if not flags.FLAGS["config"].present or not _WORKDIR.value:
     raise errors.UsageError("--config=configs/NAME.py and --workdir=DIR are needed; see --help")
   import jax
 

@@ -188,7 +188,7 @@ def test_the_halves_of_a_batch_are_the_batch(thought, objective):
   extra = dict(reward_mean=dict(total=jnp.float32(-0.9), weight=jnp.float32(0.5)))
   carried = Carried(step=0, extra=carry.init(subject.config.objective, params) | extra)
   whole, metrics = jax.jit(jax.grad(subject.loss_fn, has_aux=True))(params, batch, harness.KEY, carried)
-  half = jax.jit(of_half(subject.loss_fn))
+  half = jax.jit(of_half(subject.loss_fn, subject.model.axes))
   (even, some), (odd, others) = (half(params, batch, harness.KEY, carried, number) for number in (0, 1))
   assert some + others == metrics["loss"].count and some > others > 0
   jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a + b, c, rtol=1e-4, atol=1e-5), even, odd, whole)

@@ -147,6 +147,18 @@ def test_processes_evaluate_and_generate_as_one_process_with_as_many_devices(tmp
   assert [row["tokens"] for row in drawn[0]] == [row["tokens"] for row in drawn[1]]
 
 
+@pytest.mark.slow
+def test_processes_with_other_prompts_refuse_and_a_proxy_is_read_by_all(tmp_path):
+  text = ["--config.data.task.name=last_letter", "--config.data.task.length=2"]
+  assert [code for code, *_ in start(1, 2, tmp_path / "proxy", lambda process: text)] == [0]
+  for code, _, errors in start(2, 1, tmp_path / "proxy", lambda process: [f"--prompt=a{process}"], command="generate"):
+    assert code == 78 and "the command line differs between process 0 and 1" in errors, errors
+  needs = ["--config.thought.placement=entropy", "--config.thought.need_above=0.1", "--config.thought.room=4"]
+  by_proxy = [*text, *needs, f"--config.thought.proxy={tmp_path}/proxy"]
+  ended = start(2, 1, tmp_path / "run", lambda process: by_proxy)
+  assert [code for code, *_ in ended] == [0, 0], ended
+
+
 CLOCKED = ("seconds", "written", "code", "command")
 
 

@@ -60,6 +60,11 @@ def test_a_config_file_that_fails_is_told_with_its_line(tmp_path, text, words):
   assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
 
 
+def test_a_config_file_that_is_not_there_is_one_line_with_other_options_too(tmp_path):
+  ended = run("--config=missing.py", "--config.train.steps=4", f"--workdir={tmp_path}/run")
+  assert ended.returncode == 78 and "missing.py" in ended.stderr and ended.stderr.count("\n") == 1, ended.stderr
+
+
 def test_what_was_mended_in_the_data_is_said_before_the_start(tmp_path):
   (tmp_path / "a").write_bytes(b"some text " * 20)
   (tmp_path / "b").touch()

@@ -139,6 +139,9 @@ def measure(case: Case, rounds: int, say: Callable[[str], Any], trace: str | Non
     if variant.compiled:
       ready[variant.name] = _compile(variant, result)
 
+  for name in [name for name, function in ready.items() if case.timed and function is None]:
+    say(f"{case.name}: {name} does not fit: it needs {results.pop(name).temp_bytes / 2**30:.2f} GiB")
+
   def once(name):
     start = clock()
     jax.block_until_ready(ready[name](*results[name].variant.arguments))

@@ -11,7 +11,7 @@ from thinking_lm.sharding import fetch
 from thinking_lm.types import Batch, Params
 
 AT_ONCE = 8
-"""Draws of a thought that are in memory at once, however many are asked for."""
+"""Draws of a thought in one call, whose log-probabilities are in memory at once, however many are asked for."""
 
 
 class Draws(NamedTuple):

@@ -138,7 +138,8 @@ class Runner:
     self.think = jax.jit(self._think)
     self.score = jax.jit(self._score)
     self.without = jax.jit(self._score_without)
-    self.draw = jax.jit(jax.vmap(self._draw, (None, None, 0)))
+    # A loop, for `sharding.rows_of_columns` on many devices cannot be batched.
+    self.draw = jax.jit(lambda params, batch, keys_K: jax.lax.map(lambda key: self._draw(params, batch, key), keys_K))
     self.turn = {name: jax.jit(self._turn(function)) for name, function in CONTROLS.items()}
 
   def first(self, params: Params, batch: Batch) -> tuple[Thoughts, np.ndarray]:

@@ -36,6 +36,7 @@ from thinking_lm.evaluation.hook import Feed
 from thinking_lm.model.rollout import actions
 from thinking_lm.objectives.bounds import BOUNDS
 from thinking_lm.objectives.policy import approximate_kl
+from thinking_lm.sharding import constrain_each, each_copy
 from thinking_lm.types import Batch, Carried, Params, Thoughts, Trace
 
 ROUNDING = 1e-10
@@ -69,7 +70,7 @@ class Examination:
     self._split, self._size, self._subject, self._key, self._feed = split, size, subject, key, feed
     self._thought = dataclasses.replace(subject.config.thought, samples=1)
     self._look = jax.jit(self._effects)
-    self._terms = {name: jax.jit(of_half(term)) for name, term in terms.items()}
+    self._terms = {name: jax.jit(of_half(term, subject.model.axes)) for name, term in terms.items()}
     self._batch: Batch | None = None
     self._first = first if self._thought.kind_of.policy else None
     self._drawn: tuple[Thoughts, jax.Array, jax.Array] | None = None
@@ -186,18 +187,23 @@ class Examination:
     return Source(trace.thoughts, trace.valid_BN, decoder.embed_row(decoder.pause), nobody, no_row_N)
 
 
-def of_half(term: Callable) -> Callable:
+def of_half(term: Callable, axes: Any) -> Callable:
   """(params, batch, key, carried, half) -> (gradient, number of targets) of half of the rows, the even or the odd.
 
-  The other rows are padding: a row without targets, but with thoughts, would still pay for these.
+  The other rows are padding: a row without targets, but with thoughts, would still pay for these. `axes` are those of
+  the parameters: the gradient is split like these, and added up as a training step does it.
   """
+
+  def part(rows, common):
+    params, key, carried = common
+    grads, metrics = jax.grad(term, has_aux=True)(params, rows, key, carried)
+    return grads, metrics["loss"].count
 
   def gradient(params, batch, key, carried, half):
     in_B1 = (jnp.arange(batch.weights_BT.shape[0]) % 2 == half)[:, None]
     kept = dict(weights_BT=jnp.where(in_B1, batch.weights_BT, 0), segments_BT=jnp.where(in_B1, batch.segments_BT, 0))
-    rows = batch.replace(**kept)
-    grads, metrics = jax.grad(term, has_aux=True)(params, rows, key, carried)
-    return grads, metrics["loss"].count
+    grads, count = each_copy(part)(batch.replace(**kept), (params, key, carried))
+    return constrain_each(grads, axes), count
 
   return gradient
 

@@ -26,7 +26,7 @@ class HealthConfig:
   """Thresholds of the alarms (0 switches a rule off), and how often thoughts are examined."""
 
   every: int = option(
-    200, "steps between examinations of one batch of evaluation.split, and one after the last step; 0: none", low=0
+    200, "steps between examinations of the first rows of evaluation.split, as many as a micro-batch; 0: none", low=0
   )
   patience: int = option(3, "readings in a row beyond a threshold before an alarm", low=1)
   entropy_low: float = option(0.3, "warn: entropy of thoughts falls below this share of the first reading", low=0)

@@ -14,8 +14,10 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -135,6 +137,11 @@ def agree_config(path: epath.Path, config: Mapping[str, Any]) -> None:
     for line in lines.values():
       logging.warning("the config of %s changes, %s", path, line)
   storage.write_atomic(path / "config.json", storage.canonical(config, indent=2) + "\n")
+
+
+def agree_command(step: int, data: str, **more: Any) -> None:
+  """`agree_processes` on an evaluation: its command line, the checkpoint found, the data's digest, and `more`."""
+  agree_processes({"the command line": shlex.join(sys.argv[1:]), "the checkpoint": step, "the data": data, **more})
 
 
 def agree_processes(values: Mapping[str, Any]) -> None:
