@@ -78,8 +78,9 @@ def _config_fault(error: BaseException | None) -> ConfigError | None:
     if parsers and not str(error).startswith("Error whilst parsing config file"):  # that one goes around another
       own = [(frame, line) for frame, line in frames if frame.f_globals.get("__name__") == "config_config"]
       where = f" ({own[-1][0].f_code.co_filename}, line {own[-1][1]})" if own else ""
-      reason = str(error).strip().splitlines() if isinstance(error, OSError) else str(error).split()
-      reason = reason[-1].strip() if isinstance(error, OSError) else " ".join(reason)
+      reason = " ".join(str(error).split())
+      if isinstance(error, OSError):  # of ml_collections: the last line says why
+        reason = str(error).strip().rpartition("\n")[2].strip()
       return ConfigError(f"--config={parsers[-1].f_locals['path']}: {type(error).__name__}: {reason}{where}")
     error = error.__cause__ or error.__context__
   return None
