@@ -211,7 +211,6 @@ def main(argv) -> None:
   """Measures, prints and writes."""
   del argv
   from thinking_lm.analysis import estimators, microscope_report, toys
-  from thinking_lm.sharding import on_mesh_of
 
   if [bool(_WORKDIR.value), _CONFIG.value is not None, bool(_TOY.value)].count(True) != 1:
     raise UsageError("one of --workdir=DIR, --config=FILE and --toy=NAME is needed; see --help")
@@ -228,8 +227,7 @@ def main(argv) -> None:
         raise UsageError(f"unknown {what} {name!r}; known: {', '.join(known)}")
   began = time.monotonic()
   subject = _subject()
-  with on_mesh_of(subject.params):
-    found = measure(subject, names)
+  found = measure(subject, names)
   thought, step = subject.run.config.thought, subject.step
   own = "" if thought.kind == "sampled" else f" (the run's own are of kind {thought.kind})"
   what = f"{thought.length} sampled think tokens{own}, {thought.topology}, {thought.placement}"
