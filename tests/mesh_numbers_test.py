@@ -17,7 +17,7 @@ from thinking_lm.model.generate import Sampling
 from thinking_lm.objectives import carry
 from thinking_lm.objectives.objective import ObjectiveConfig
 from thinking_lm.training import loop
-from thinking_lm.training.mesh import MeshConfig, global_batch, make_mesh, shardings
+from thinking_lm.training.mesh import MeshConfig, everywhere, global_batch, make_mesh, shardings
 from thinking_lm.training.step import gradients
 from thinking_lm.types import Carried
 
@@ -242,7 +242,7 @@ def test_decoding_and_evaluation_on_one_device_and_eight(name):
 
 def test_evaluation_and_generation_run_on_the_mesh_of_their_parameters(monkeypatch):
   """Nobody set it: outside of it no constraint would be heard, and the program another one than a plan compiles."""
-  built, mesh = small("hybrid", **PRIVATE), make_mesh(MeshConfig(data=1, fsdp=-1))
+  built, mesh = small("hybrid", **PRIVATE), everywhere()
   placed = jax.device_put(built.init(jax.random.key(1)), shardings(built.axes, built.model.shapes, mesh))
 
   class Traced(Exception):
@@ -261,7 +261,7 @@ def test_evaluation_and_generation_run_on_the_mesh_of_their_parameters(monkeypat
 
 
 def test_draws_can_be_traced_where_many_devices_trade_places_in_stages(monkeypatch):
-  built, mesh = small("hybrid", **PRIVATE), make_mesh(MeshConfig(data=1, fsdp=-1))
+  built, mesh = small("hybrid", **PRIVATE), everywhere()
   monkeypatch.setattr(sharding, "STAGED", mesh.size)
   keys = jax.random.split(jax.random.key(2), 3)
   with jax.set_mesh(mesh):

@@ -14,7 +14,7 @@ from typing import Any
 
 import ml_collections
 
-from thinking_lm.errors import ConfigError
+from thinking_lm.errors import ConfigError, last_line
 
 
 def option(default, doc: str, *, low=None, above=None, high=None, choices=None):
@@ -57,8 +57,7 @@ def of_flag(flag) -> ml_collections.ConfigDict:
   try:
     getattr(values, "keys", None)  # ml_collections keeps why a file could not be read until somebody looks
   except OSError as error:
-    reason = str(error.__cause__ or error).strip().rpartition("\n")[2].strip()
-    raise ConfigError(f"--config cannot be read: {reason}") from error
+    raise ConfigError(f"--config cannot be read: {last_line(error.__cause__ or error)}") from error
   if not isinstance(values, ml_collections.ConfigDict):
     raise ConfigError(f"--config: its get_config gives {type(values).__name__}, which is no ConfigDict")
   return values

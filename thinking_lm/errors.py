@@ -70,6 +70,11 @@ def _tell(error: ThinkingLMError) -> int:
   return error.exit_code
 
 
+def last_line(error: BaseException) -> str:
+  """Why a file cannot be read, of an error of ml_collections, which says before it what was tried."""
+  return str(error).strip().rpartition("\n")[2].strip()
+
+
 def _config_fault(error: BaseException | None) -> ConfigError | None:
   """What is wrong with a config file, of an error that came while it was run, which is while flags are parsed."""
   while error is not None:
@@ -78,9 +83,7 @@ def _config_fault(error: BaseException | None) -> ConfigError | None:
     if parsers and not str(error).startswith("Error whilst parsing config file"):  # that one goes around another
       own = [(frame, line) for frame, line in frames if frame.f_globals.get("__name__") == "config_config"]
       where = f" ({own[-1][0].f_code.co_filename}, line {own[-1][1]})" if own else ""
-      reason = " ".join(str(error).split())
-      if isinstance(error, OSError):  # of ml_collections: the last line says why
-        reason = str(error).strip().rpartition("\n")[2].strip()
+      reason = last_line(error) if isinstance(error, OSError) else " ".join(str(error).split())
       return ConfigError(f"--config={parsers[-1].f_locals['path']}: {type(error).__name__}: {reason}{where}")
     error = error.__cause__ or error.__context__
   return None

@@ -140,7 +140,10 @@ def agree_config(path: epath.Path, config: Mapping[str, Any]) -> None:
 
 
 def agree_command(step: int, data: str, **more: Any) -> None:
-  """`agree_processes` on an evaluation: its command line, the checkpoint found, the data's digest, and `more`."""
+  """`agree_processes` on an evaluation: its command line, the checkpoint found, the data's digest, and `more`.
+
+  Raises ConfigError as that does.
+  """
   agree_processes({"the command line": shlex.join(sys.argv[1:]), "the checkpoint": step, "the data": data, **more})
 
 
