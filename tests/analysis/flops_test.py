@@ -38,20 +38,20 @@ CASES = [
   dict(kind="latent", topology="private", placement="every", halting="entropy"),
 ]
 GRADIENTS = [
-  (dict(length=0), "none", 0.02),
-  (dict(length=0), "full", 0.02),
-  (dict(kind="pause"), "full", 0.02),
-  (dict(length=2), "none", 0.02),  # serial streams and drawn private thoughts have a backward pass of their own
-  (CASES[5], "none", 0.02),
-  (CASES[6], "full", 0.02),
-  (CASES[7], "none", 0.05),  # XLA finds what is computed again of so few mixed predictions among what was there
-  (CASES[8], "none", 0.02),
-  (CASES[10], "none", 0.02),
-  (dict(length=2), "full", 0.02),
-  (CASES[5], "full", 0.02),
-  (CASES[6], "none", 0.02),
+  (dict(length=0), "none"),
+  (dict(length=0), "full"),
+  (dict(kind="pause"), "full"),
+  (dict(length=2), "none"),  # serial streams and drawn private thoughts have a backward pass of their own
+  (CASES[5], "none"),
+  (CASES[6], "full"),
+  (CASES[7], "none"),
+  (CASES[8], "none"),
+  (CASES[10], "none"),
+  (dict(length=2), "full"),
+  (CASES[5], "full"),
+  (CASES[6], "none"),
 ]
-"""Thoughts, remat, and what is allowed for."""
+"""Thoughts, and remat."""
 
 
 def named(options):
@@ -59,8 +59,11 @@ def named(options):
   return "-".join(map(str, options.values())) if isinstance(options, dict) else None
 
 
-def counted(thought, gradient, config=CONFIG):
-  """XLA's FLOPs of one batch."""
+def counted(thought, gradient, config=CONFIG, merged=True):
+  """XLA's FLOPs of one batch, of the value alone or with its gradient.
+
+  merged: as it is compiled, when equal expressions have become one; else of the program before.
+  """
   heads = [name for name, asked in (("mix", thought.mixing != "none"), ("halt", thought.learns_end)) if asked]
   model = Model(config, V, heads=tuple(heads))
   tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
@@ -73,8 +76,9 @@ def counted(thought, gradient, config=CONFIG):
     ends = 0.0 if trace.exit_logp_BGNK is None else (trace.exit_logp_BGNK * trace.exit_outcome_BGNK).sum()
     return trace.logp_BGT.sum() + trace.policy_logp_BGN.sum() + ends
 
-  function = jax.grad(total) if gradient else total
-  return jax.jit(function).lower(model.shapes, batch).compile().cost_analysis()["flops"]
+  function = jax.value_and_grad(total) if gradient else total
+  lowered = jax.jit(function).lower(model.shapes, batch)
+  return (lowered.compile() if merged else lowered).cost_analysis()["flops"]
 
 
 def test_query_blocks_skip_keys():
@@ -94,12 +98,20 @@ def test_forward_within_two_percent(options):
   np.testing.assert_allclose(counted(thought, gradient=False), B * ours.total, rtol=0.02)
 
 
-@pytest.mark.parametrize("options, remat, tolerance", leaving(GRADIENTS, [GRADIENTS[4], *GRADIENTS[8:]]), ids=named)
-def test_with_gradient_within_two_percent(options, remat, tolerance):
+@pytest.mark.parametrize("options, remat", leaving(GRADIENTS, [GRADIENTS[4], *GRADIENTS[8:]]), ids=named)
+def test_with_gradient_within_two_percent(options, remat):
   config = dataclasses.replace(CONFIG, remat=remat)
   thought = ThoughtConfig(**dict(length=1, placement="stride", stride=T) | options)
   ours = ledger(config, V, thought, T, aligned=0, gradient=True)
-  np.testing.assert_allclose(counted(thought, True, config), B * ours.total, rtol=tolerance)
+  np.testing.assert_allclose(counted(thought, True, config), B * ours.total, rtol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["latent", "sampled"])
+def test_a_serial_thought_of_one_token_within_two_percent_before_xla_merges(kind):
+  """With no loop between them it makes one of the layers that run again and those that ran; 0.78 is left of the count."""
+  thought = ThoughtConfig(kind=kind, length=1, placement="stride", stride=T, rescore=False)
+  ours = ledger(CONFIG, V, thought, T, aligned=0, gradient=True)
+  np.testing.assert_allclose(counted(thought, True, merged=False), B * ours.total, rtol=0.02)
 
 
 def test_what_a_thought_adds():
@@ -118,7 +130,7 @@ def test_what_a_thought_adds():
 
 
 def step(changes, updates=1):
-  """(XLA's FLOPs of a training step's gradients, the ledger) on two rows of which one anchor each thinks."""
+  """(XLA's FLOPs of a training step's loss and gradients, the ledger) on two rows of which one anchor each thinks."""
   values = experiment.default_config()
   values.update_from_flattened_dict(
     {"data.source": "task", "data.task.name": "last_letter", "data.task.length": 4, "data.sequence_length": 0}
@@ -135,7 +147,7 @@ def step(changes, updates=1):
     drawn = jax.eval_shape(built.draw, built.model.shapes, batch, key, carried)
   of = lambda function, *a: jax.jit(function).lower(built.model.shapes, batch, *a).compile().cost_analysis()["flops"]
   loss = lambda params, batch, carried: built.loss_fn(params, batch, key, carried)[0]
-  got = of(jax.grad(loss), carried if updates == 1 else carried.replace(drawn=drawn))
+  got = of(jax.value_and_grad(loss), carried if updates == 1 else carried.replace(drawn=drawn))
   if updates > 1:
     got = updates * got + of(lambda params, batch, carried: built.draw(params, batch, key, carried), carried)
   proxy = built.proxy and built.proxy[0].config
@@ -155,9 +167,9 @@ IN_CONTEXT = {"thought.topology": "persistent", "thought.lookahead": 0}
     WORDS | SCORED | {"objective.control": 1.0, "objective.variate": "relax", "thought.relaxation": 2.0},
   ],
 )
-def test_every_thought_and_relaxed_copies_within_six_percent(changes):
+def test_every_thought_and_relaxed_copies_within_two_percent(changes):
   got, ours = step(changes)
-  np.testing.assert_allclose(got, ours.total, rtol=0.06)
+  np.testing.assert_allclose(got, ours.total, rtol=0.02)
 
 
 PAUSE = {"thought.kind": "pause"}
@@ -184,7 +196,7 @@ def test_passes_beside_within_two_percent(name):
   (got, ours), (before, without) = step(common | more), plain(tuple(common.items()))
   assert ours.beside > 0.1 * ours.total and without.beside == 0
   np.testing.assert_allclose(got - before, ours.beside, rtol=0.02)
-  np.testing.assert_allclose(got, ours.total, rtol=0.025)  # the heads of so few states are not always computed again
+  np.testing.assert_allclose(got, ours.total, rtol=0.02)
 
 
 def test_several_updates_within_two_percent():

@@ -186,9 +186,9 @@ def test_a_query_that_sees_nothing_gets_nothing(backend):
 
 
 def test_chunks_do_not_keep_all_scores():
-  """Temporaries of a gradient over twice the keys and queries: einsum's grow with their product."""
+  """Temporaries of a gradient over four times the keys and queries: einsum's grow with their product."""
   memory = {}
-  for backend in ("einsum", "chunked"):
+  for backend in ("einsum", "chunked", "auto"):
     for S in (256, 1024):
       shape = jax.ShapeDtypeStruct((1, 1, S, 2, 16), jnp.float32)
       mask = jax.ShapeDtypeStruct((1, 1, S, S), bool)
@@ -196,7 +196,20 @@ def test_chunks_do_not_keep_all_scores():
       compiled = jax.jit(jax.grad(run, (0, 1, 2))).lower(*[shape] * 3, mask).compile()
       memory[backend, S] = compiled.memory_analysis().temp_size_in_bytes
   assert memory["einsum", 1024] > 8 * memory["einsum", 256]
-  assert memory["chunked", 1024] < 5 * memory["chunked", 256] < 5 * memory["einsum", 256]
+  for backend in ("chunked", "auto"):
+    assert memory[backend, 1024] < 5 * memory[backend, 256] < 5 * memory["einsum", 256]
+
+
+def test_auto_takes_chunks_as_soon_as_one_set_is_larger(monkeypatch):
+  taken = []
+  for name in ("_einsum", "_chunked"):
+    made = getattr(backends, name)
+    monkeypatch.setattr(backends, name, lambda *given, name=name, made=made: taken.append(name) or made(*given))
+  case = CASES["past and own cache"]  # of 5, 7 and 4 keys
+  keys = keys_of(case, values := [jnp.asarray(a, jnp.float32) for a in values_of(case)])
+  for chunk in (7, 6):
+    attention(values[0], keys, chunk=chunk)
+  assert taken == ["_einsum", "_chunked"]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ class Ledger:
   drawn thoughts. draw: making think tokens (logits and mixtures, and the entropy that they may end by), and for
   persistent rescored kinds the whole drawing pass, for parallel iterations all passes but the last. backward: the
   gradient, with what remat "full", the head and `model.replay` compute again (not the attention scores that "dots"
-  does, and all backends of attention but einsum); 0 for a forward pass. Private thoughts are scored as they are drawn:
+  does, and attention by chunks or kernels); 0 for a forward pass. Private thoughts are scored as they are drawn:
   their one head is in readout. beside: other passes of a training step, see `analysis.training`.
   """
 

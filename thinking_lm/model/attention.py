@@ -2,7 +2,8 @@
 
 Two parts are never merged by a log-sum-exp that autodiff goes through: the usual kernels return one that is not
 differentiable, which makes such a merge right forward and wrong backward. `einsum` writes the one softmax out. The
-others work set by set, and their gradient is that of the whole operation (`merged`).
+others work set by set, and their gradient is that of the whole operation (`merged`). `auto` takes the first while sets
+are small and chunks beyond, so that temporaries grow with the queries and never with queries x keys.
 
 Inside, heads come first: queries [B, K, P, Q, R, E] with R = H / K, keys [B, K, S, E] when all streams share them and
 [B, K, P, S, E] when each has its own, so that every product is a plain batch of matrices, and shared keys are met by
@@ -49,7 +50,7 @@ class Keys(NamedTuple):
   filled: Filled | None = None
 
 
-def attention(q_BPQHE, sets: Sequence[Keys], backend: str = "einsum", blocks: int = 1, chunk: int = CHUNK):
+def attention(q_BPQHE, sets: Sequence[Keys], backend: str = "auto", blocks: int = 1, chunk: int = CHUNK):
   """Softmax attention over the union of several sets of keys, as one softmax.
 
   softmax(q k^T / sqrt(E)) v over all keys that a query sees; 0, without gradient, for a query that sees nothing. Query
@@ -263,6 +264,12 @@ def _chunked(q_BKPQRE, sets, chunk):
   return merged((_by_chunks(chunk),) * len(sets), q_BKPQRE, sets)
 
 
+def _auto(q_BKPQRE, sets, chunk):
+  """All scores at once where no set has more keys than a chunk, which is faster; else by chunks."""
+  small = all(keys.k.shape[-2] <= chunk for keys in sets)
+  return (_einsum if small else _chunked)(q_BKPQRE, sets, chunk)
+
+
 def _splash(q_BKPQRE, sets, chunk, interpret: bool = False):
   """Sets that all streams share by the TPU kernels, if they are no smaller than a block; the others by chunks."""
   from thinking_lm.model import splash  # a third of a second to import, for those who use it
@@ -304,6 +311,7 @@ class Backend(NamedTuple):
 
 
 BACKENDS = dict(
+  auto=Backend(_auto),
   einsum=Backend(_einsum),
   chunked=Backend(_chunked),
   splash=Backend(_splash, "tpu"),

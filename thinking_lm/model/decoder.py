@@ -54,8 +54,9 @@ class ModelConfig:
   )
   compute_dtype: str = option("float32", "type of activations and matrix products", choices=DTYPES)
   attention: str = option(
-    "einsum",
-    "how attention is computed, of every call of the decoder over many slots and of the backward pass of private drawn "
+    "auto",
+    "how attention is computed (auto: einsum, all scores at once, while no set of keys is larger than attention_chunk, "
+    "chunked beyond), of every call of the decoder over many slots and of the backward pass of private drawn "
     "thoughts; drawing these slot by slot and training serial persistent streams have products of their own, and "
     "decoding goes by blocks of its cache",
     choices=BACKENDS,
