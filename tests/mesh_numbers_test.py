@@ -32,12 +32,14 @@ SMALL = {
   "model.kv_heads": 2,
 }
 PRIVATE = {"thought.topology": "private", "thought.lookahead": 2}
-CHUNKED = {"model.attention": "chunked", "model.attention_chunk": 3}
+CHUNKED = {"model.attention_chunk": 3}
+"""As long rows are by default."""
 BOTH = dict(data=2, fsdp=2, tensor=2)
 COPIES = dict(data=2, fsdp=4)
 ALONG = dict(data=2, sequence=4)
 CASES = {
   "pause along the sequence": ("pause", {}, ALONG),
+  "pause by chunks of keys, along the sequence": ("pause", CHUNKED, ALONG),
   "private jepo along its streams": ("jepo", PRIVATE, ALONG),
   "private jepo by chunks of keys": ("jepo", PRIVATE | CHUNKED, dict(data=2, sequence=2, tensor=2)),
   "soft": ("soft", {}, COPIES),

@@ -2,8 +2,12 @@
 
 from collections.abc import Iterator
 
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
 from thinking_lm.analysis import bench_problem as problem
-from thinking_lm.analysis.bench import COMPILE, GROWING, Bar, Case, Variant, ratio
+from thinking_lm.analysis.bench import COMPILE, GROWING, Bar, Case, Results, Variant, ratio
 from thinking_lm.model.decoder import Model
 from thinking_lm.objectives.objective import ObjectiveConfig
 from thinking_lm.thoughts.spec import ThoughtConfig
@@ -30,7 +34,7 @@ as there are slots."""
 def cases() -> Iterator[Case]:
   """Latent thoughts against pause thoughts, which are known beforehand: the same slots in one parallel pass.
 
-  Then compile time alone.
+  Then the gradient against that of exact parallel passes, and compile time alone.
   """
   for name, (B, T, limit, options) in LATENT.items():
     bars = (
@@ -42,7 +46,18 @@ def cases() -> Iterator[Case]:
     bars = (Bar("latent / plain on as many tokens as slots", lambda r: ratio(r, "latent", "plain"), limit),)
     yield Case(name, lambda B=B, T=T, options=options: list(variants(B, T, options)), bars)
 
+  bars = (
+    Bar("gradient, relative L2 to autodiff of exact parallel passes", lambda r: apart(r, "latent", "exact"), 1e-4),
+  )
+  yield Case("gradient_B1_S160", lambda: list(_exact(1, 32, 4)), bars, timed=False)
   yield Case("compile", lambda: list(_growing()), COMPILE, timed=False)
+
+
+def apart(results: Results, name: str, other: str) -> float:
+  """Relative L2 distance of what one variant computes from what the other does."""
+  made = [results[each].variant for each in (name, other)]
+  found, wanted = (ravel_pytree(jax.jit(one.function)(*one.arguments))[0] for one in made)
+  return float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted))
 
 
 def variants(B: int, T: int, options: dict) -> Iterator[Variant]:
@@ -62,6 +77,13 @@ def _variant(name: str, model: Model, thought: ThoughtConfig, B: int, T: int) ->
   total = problem.loss(model, thought, ObjectiveConfig())
   arguments = (problem.params(model), problem.batch(B, T, V))
   return Variant(name, problem.gradient(total), arguments, *problem.work(model, thought, B, T), B * T)
+
+
+def _exact(B: int, T: int, n: int) -> Iterator[Variant]:
+  """T n + 1 parallel passes make every thought what it is in the stream (`model/jacobi.py`)."""
+  options = dict(kind="latent", placement="every", length=n)
+  for name, iterations in dict(latent=0, exact=T * n + 1).items():
+    yield _variant(name, problem.model(V), ThoughtConfig(**options, iterations=iterations), B, T)
 
 
 def _growing() -> Iterator[Variant]:

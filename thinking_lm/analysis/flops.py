@@ -2,7 +2,7 @@
 
 Counted are matrix products as they are executed, masked entries and padded slots included (a multiply-add is two
 FLOPs); norms, softmax and the optimizer are left out. XLA's own count takes the body of a loop once, whatever its trip
-count, so that it can only check these formulas where every loop runs once.
+count, so that it checks these formulas only where every loop runs once; elsewhere the products of a traced program do.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ class Ledger:
 
   base: layers over the real tokens. think: layers over think slots and look-ahead. readout: the head, for targets (of
   mixed predictions twice, and at every end that a thought may have if that is learned) and for the log-probabilities of
-  drawn thoughts. draw: making think tokens (logits and mixtures, and the entropy that they may end by), and for
-  persistent rescored kinds the whole drawing pass, for parallel iterations all passes but the last. backward: the
+  drawn thoughts and answers. draw: making think tokens (logits and mixtures, and the entropy that they may end by), and
+  for persistent rescored kinds the whole drawing pass, for parallel iterations all passes but the last. backward: the
   gradient, with what remat "full", the head and `model.replay` compute again (not the attention scores that "dots"
   does, and attention by chunks or kernels); 0 for a forward pass. Private thoughts are scored as they are drawn:
   their one head is in readout. beside: other passes of a training step, see `analysis.training`.
@@ -124,6 +124,7 @@ def ledger(
   base, base_serial, parallel, serial, ahead, makes, heads, queries, again, last = parts
   ends, mixed = beside_targets(thought, N)
   readout = (heads + ends + mixed) * head + mixed * 4.0 * model.width**2  # and the head `mix`
+  readout += G * N * thought.answer * head  # its log-probability
   if kind.policy:
     readout += G * N * n * (head if kind.discrete else 2 * head)  # a density needs the mixture's mean as well
   if thought.iterations and not given:

@@ -81,7 +81,8 @@ def passes(model, thought, T: int, aligned: int) -> Passes:
   N, G, J = capacity(thought, T, aligned), thought.samples, thought.slots
   if not N:
     return Passes(T, T * causal_keys(model, T), T)
-  heads = G * N * thought.length * (thought.kind_of.policy is not None) + sum(beside_targets(thought, N))
+  scored = thought.length * (thought.kind_of.policy is not None) + thought.answer
+  heads = G * N * scored + sum(beside_targets(thought, N))
   if thought.topology == "private":
     A = thought.lookahead - 1 + max(thought.answer - 1, 0)
     X, P = J + A, G * N
