@@ -166,13 +166,15 @@ def test_a_backend_of_attention_runs_here_or_is_refused_before_anything_is_alloc
   config = experiment.default_config()
   for backend, wanted in (("splash", "tpu"), ("cudnn", "gpu")):
     config.model.attention, config.model.compute_dtype = backend, "bfloat16"
-    with pytest.raises(ConfigError, match=f"{backend}' runs on {wanted} only, this job has cpu: use einsum, chunked"):
+    with pytest.raises(
+      ConfigError, match=f"{backend}' runs on {wanted} only, this job has cpu: use auto, einsum, chunked"
+    ):
       experiment.parse(config, here=True)
     elsewhere = experiment.parse(config).model
     assert elsewhere.attention == backend, "a config may be looked at on other devices"
     assert elsewhere.runnable("cpu").attention == "chunked" and elsewhere.runnable(wanted) is elsewhere
   config.model.attention = "splahs"
-  with pytest.raises(ConfigError, match="attention: unknown name 'splahs'; known: einsum, chunked"):
+  with pytest.raises(ConfigError, match="attention: unknown name 'splahs'; known: auto, einsum, chunked"):
     experiment.parse(config, here=True)
 
 

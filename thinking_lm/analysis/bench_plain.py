@@ -12,7 +12,7 @@ SHAPES = ((256, 16, 256, 1.8), (32_000, 4, 256, 1.3))
 """V, B, T, and the bar on the speed over `naive`. A decoder that multiplies activations [B, T, D] by weights as they
 are was as fast as nanodo (2,188 and 2,207 tokens/s at the first shape), whose place it takes here."""
 
-CHUNKED = dict(attention="chunked")
+EINSUM, CHUNKED = dict(attention="einsum"), dict(attention="chunked")
 
 OPTIONS = dict(
   ours=({}, 1),
@@ -26,7 +26,10 @@ OPTIONS = dict(
 """Options of the model, and the number of micro-batches."""
 
 BACKENDS = dict(
-  einsum={}, einsum_blocks=dict(query_blocks=4), chunked=CHUNKED, chunked_blocks=CHUNKED | dict(query_blocks=4)
+  einsum=EINSUM,
+  einsum_blocks=EINSUM | dict(query_blocks=4),
+  chunked=CHUNKED,
+  chunked_blocks=CHUNKED | dict(query_blocks=4),
 )
 """Options of the model that say how attention is computed."""
 
