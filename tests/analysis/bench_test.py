@@ -19,6 +19,7 @@ from thinking_lm.analysis import (
   bench_data,
   bench_decode,
   bench_halting,
+  bench_persistent,
   bench_plain,
   bench_private,
   bench_quiet,
@@ -200,6 +201,12 @@ def test_what_has_become_of_a_case_is_told():
   )
   compiled = kept(100, plain=[], think=[])
   assert "SLOWER" not in bench.against(compiled, compiled) and "MORE" not in bench.against(compiled, compiled)
+
+
+def test_how_far_two_variants_are_apart_is_relative_to_the_other():
+  made = {k: Result(Variant(str(k), lambda x, k=k: {"a": k * x, "b": x}, (jnp.ones(4),))) for k in (1, 2)}
+  assert bench_persistent.apart(made, 1, 1) == 0
+  np.testing.assert_allclose(bench_persistent.apart(made, 2, 1), (4 / 8) ** 0.5, rtol=1e-6)
 
 
 @pytest.mark.parametrize("suite", sorted(set(bench_suites.SUITES) - {"chip", "accelerator"}))

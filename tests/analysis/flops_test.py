@@ -92,6 +92,9 @@ def counted(thought, gradient, config=CONFIG, merged=True):
   return (lowered.compile() if merged else lowered).cost_analysis()["flops"]
 
 
+JAXPRS = (jax.extend.core.ClosedJaxpr, jax.extend.core.Jaxpr)
+
+
 def products(jaxpr):
   """FLOPs of the matrix products of a program, a loop's as often as it runs."""
   total = 0
@@ -106,7 +109,6 @@ def products(jaxpr):
   return total
 
 
-JAXPRS = (jax.extend.core.ClosedJaxpr, jax.extend.core.Jaxpr)
 LOOPS = [
   dict(length=0),
   dict(length=4),
