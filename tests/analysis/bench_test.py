@@ -28,7 +28,9 @@ from thinking_lm.analysis import (
 from thinking_lm.analysis import bench_problem as problem
 from thinking_lm.analysis.bench import Bar, Case, Result, Variant, measure, over_floor, ratio, record, table
 from thinking_lm.model.rollout import rollout
+from thinking_lm.objectives.objective import ObjectiveConfig
 from thinking_lm.thoughts.placement import place
+from thinking_lm.thoughts.spec import ThoughtConfig
 from thinking_lm.types import Vocabulary
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -207,6 +209,20 @@ def test_how_far_two_variants_are_apart_is_relative_to_the_other():
   made = {k: Result(Variant(str(k), lambda x, k=k: {"a": k * x, "b": x}, (jnp.ones(4),))) for k in (1, 2)}
   assert bench_persistent.apart(made, 1, 1) == 0
   np.testing.assert_allclose(bench_persistent.apart(made, 2, 1), (4 / 8) ** 0.5, rtol=1e-6)
+
+
+def temporaries(T, **options):
+  """Bytes that a private step needs beside its inputs and outputs, in a row of T tokens."""
+  narrow = problem.model(8, layers=1, width=16, heads=2, mlp_width=16, attention_chunk=16, **options)
+  thought = ThoughtConfig(kind="sampled", length=2, topology="private", placement="every")
+  gradient = problem.gradient(problem.loss(narrow, thought, ObjectiveConfig()))
+  compiled = jax.jit(gradient).lower(narrow.shapes, problem.batch(1, T, 8)).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_of_private_thoughts_grows_with_the_row_and_not_with_its_square():
+  assert temporaries(512) < 6 * temporaries(128)
+  assert temporaries(512, attention="einsum") > 8 * temporaries(128, attention="einsum")
 
 
 @pytest.mark.parametrize("suite", sorted(set(bench_suites.SUITES) - {"chip", "accelerator"}))

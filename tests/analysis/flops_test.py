@@ -7,12 +7,12 @@ import functools
 import math
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.interpreters import partial_eval
 
+from tests import traced
 from tests.slow import leaving
 from thinking_lm import experiment
 from thinking_lm.analysis import chips
@@ -92,9 +92,6 @@ def counted(thought, gradient, config=CONFIG, merged=True):
   return (lowered.compile() if merged else lowered).cost_analysis()["flops"]
 
 
-JAXPRS = (jax.extend.core.ClosedJaxpr, jax.extend.core.Jaxpr)
-
-
 def products(jaxpr):
   """FLOPs of the matrix products of a program, a loop's as often as it runs."""
   total = 0
@@ -103,9 +100,7 @@ def products(jaxpr):
     if one.primitive.name == "dot_general":
       (contracted, _), _ = one.params["dimension_numbers"]
       total += 2 * math.prod(one.invars[0].aval.shape[axis] for axis in contracted) * one.outvars[0].aval.size
-    parts = jax.tree.leaves(list(one.params.values()), is_leaf=lambda part: isinstance(part, JAXPRS))
-    inside = sum(products(getattr(part, "jaxpr", part)) for part in parts if isinstance(part, JAXPRS))
-    total += one.params.get("length", 1) * inside
+    total += one.params.get("length", 1) * sum(map(products, traced.inner(one)))
   return total
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import traced
 from thinking_lm.model.layers import matmul, product
 
 EQUATIONS = {
@@ -32,21 +33,12 @@ def pulled(equation, left, right, dy):
 @pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
 def test_all_three_products_are_of_the_type_of_the_factors(equation, dtype):
   """Of two types none of them reaches a processor's bfloat16 units."""
-  jaxpr = jax.make_jaxpr(lambda *arrays: pulled(equation, *arrays))(*given(equation, dtype))
-  dots = [e for e in inlined(jaxpr.eqns) if e.primitive.name == "dot_general"]
+  asked = jax.make_jaxpr(lambda *arrays: pulled(equation, *arrays))(*given(equation, dtype))
+  dots = [e for e in traced.equations(asked.jaxpr) if e.primitive.name == "dot_general"]
   assert len(dots) == 3
   for dot in dots:
     assert [v.aval.dtype for v in dot.invars] == [dtype, dtype]
     assert [v.aval.dtype for v in dot.outvars] == [jnp.float32]
-
-
-def inlined(equations):
-  for e in equations:
-    inner = [getattr(p, "jaxpr", p) for p in e.params.values() if hasattr(getattr(p, "jaxpr", p), "eqns")]
-    for jaxpr in inner:
-      yield from inlined(jaxpr.eqns)
-    if not inner:
-      yield e
 
 
 @pytest.mark.parametrize("equation", EQUATIONS)

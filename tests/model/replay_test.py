@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests import traced
 from tests.model import problem
 from tests.model.problem import BATCH, TIED, UNTIED
 from tests.slow import leaving
@@ -58,19 +59,9 @@ def program(n, G=1, layers=2):
     trace = rollout(model, thought, params, batch, layout, jax.random.key(0))
     return trace.logp_BGT.sum() + trace.policy_logp_BGN.sum()
 
-  def walk(jaxpr):
-    sizes = []
-    for equation in jaxpr.eqns:
-      sizes.append(
-        max((v.aval.size * v.aval.dtype.itemsize for v in equation.outvars if hasattr(v.aval, "size")), default=0)
-      )
-      for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
-        inner = getattr(value, "jaxpr", value)
-        sizes += walk(inner) if hasattr(inner, "eqns") else []
-    return sizes
-
-  sizes = walk(jax.make_jaxpr(jax.grad(total))(model.shapes).jaxpr)
-  return len(sizes), max(sizes)
+  asked = jax.make_jaxpr(jax.grad(total))(model.shapes).jaxpr
+  largest = max(a.size * a.dtype.itemsize for a in traced.arrays(asked))
+  return len(traced.equations(asked)), largest
 
 
 def test_neither_program_nor_memory_grow_faster_than_the_thoughts():

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import oracles
+from tests import oracles, traced
 from tests.model import problem
 from tests.model.problem import ANCHORS, BATCH, TIED, UNTIED
 from tests.slow import leaving
@@ -195,3 +195,27 @@ def test_a_greedy_thought_is_the_most_likely_token_after_each_slot(topology):
 
   best = policy(start)
   assert all((policy(np.full_like(start, token)) <= best).all() for token in range(problem.V))
+
+
+LONG = 256
+
+
+@pytest.mark.parametrize(
+  "thought",
+  [PERSISTENT["plain"][1], Thought(kind="pause"), *(Private(kind=kind) for kind in ("pause", "latent", "sampled"))],
+  ids=lambda thought: f"{thought.topology}-{thought.kind}-{thought.length}",
+)
+def test_nothing_has_an_entry_for_each_query_key_and_head_where_attention_goes_by_chunks(thought):
+  def largest(attention):
+    model = problem.model(dataclasses.replace(TIED, kv_heads=2, attention=attention, attention_chunk=16))
+    batch, layout = problem.pack(np.zeros((1, LONG)), [(LONG,)]), problem.layout([list(range(LONG))], 1, LONG)
+
+    def total(params):
+      trace = rollout(model, thought, params, batch, layout, problem.KEY)
+      return trace.logp_BGT.sum() + trace.policy_logp_BGN.sum()
+
+    return max(a.size for a in traced.arrays(jax.make_jaxpr(jax.grad(total))(model.shapes).jaxpr))
+
+  keys = LONG * (1 + thought.length) if thought.topology == "persistent" else LONG
+  assert largest("auto") == keys**2, "the mask, of the queries of a stream together"
+  assert largest("einsum") > keys**2

@@ -222,6 +222,10 @@ def _sweep_filled(visit, carry, keys: Keys):
 
 def _chunked_forward(q_BKPQRE, keys: Keys, size: int):
   """Chunk after chunk with a running maximum and denominator (Milakov and Gimelshein 2018, arXiv:1805.02867)."""
+  if not keys.filled:
+    # Layers and think steps share the mask. When JAX differentiates loops over them it takes out what they share: the
+    # mask of all chunks, once for each query and head. So the mask is made to look like a thing of these queries.
+    q_BKPQRE, keys = jax.lax.optimization_barrier((q_BKPQRE, keys))
 
   def visit(carry, keys):
     top, total, mixed = carry

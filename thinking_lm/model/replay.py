@@ -15,9 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from thinking_lm.model import readout
-from thinking_lm.model.attention import MASKED, Keys
+from thinking_lm.model.attention import Keys, attention
 from thinking_lm.model.decoder import ACTIVATIONS, DTYPES, Cache, Decoder, Seen
-from thinking_lm.model.layers import product
 from thinking_lm.model.segment import whole
 from thinking_lm.model.thinking import emit, think
 from thinking_lm.sharding import constrain
@@ -86,7 +85,7 @@ def draw(decoder: Decoder, config, x_B1TD, gather, positions_BPX, keys_BP, facts
   draft = Draft(*slots, *(jnp.zeros((config.length, B, P), jnp.float32) for _ in range(2)))
   make = functools.partial(_make, decoder, config)
   heads_first = Cache(*(jnp.moveaxis(a[:, :, 0], -2, 2) for a in prefix))
-  run = functools.partial(_slot, decoder, heads_first, facts.prefix_BP1T[:, :, 0], positions_BPX)
+  run = functools.partial(_slot, decoder, heads_first, facts.prefix_BP1T, positions_BPX)
   _, thoughts, draft = think(decoder, config, anchor_BPD, None, keys_BP, None, None, run=run, memory=draft, make=make)
   return thoughts, end_B1TD, prefix, base_LB1TD, draft
 
@@ -101,7 +100,7 @@ def _make(decoder, config, hidden_BPD, keys_BP, i, progress, draft: Draft):
   return x_BPD, token_BP, draft._replace(logp_nBP=logp_nBP, entropy_nBP=entropy_nBP)
 
 
-def _slot(decoder, past: Cache, prefix_BPT, positions_BPX, x_BPD, j, draft: Draft):
+def _slot(decoder, past: Cache, prefix_BP1T, positions_BPX, x_BPD, j, draft: Draft):
   """One slot of every thought through all layers: (hidden_BPD, the draft with it)."""
   graph, layers = nnx.split(decoder.layers)
   turn = decoder.layers.turn(jax.lax.dynamic_index_in_dim(positions_BPX, j, axis=2, keepdims=False))
@@ -114,7 +113,7 @@ def _slot(decoder, past: Cache, prefix_BPT, positions_BPX, x_BPD, j, draft: Draf
     keys = [put(a, b) for a, b in zip(draft[:2], (k, v), strict=True)]
     inputs = jax.lax.dynamic_update_slice(draft.inputs_LJBPD, x[None, None], (number, j, 0, 0, 0))
     own = [jax.lax.dynamic_index_in_dim(a, number, keepdims=False) for a in keys]
-    mixed = _attend(q, past, prefix_BPT, Cache(*own), j)
+    mixed = _attend(decoder.config, q, past, prefix_BP1T, Cache(*own), j)
     draft = draft._replace(k_LBKPJE=keys[0], v_LBKPJE=keys[1], inputs_LJBPD=inputs)
     return (constrain(layer.complete(x, mixed), "batch", "streams", None), draft), None
 
@@ -124,25 +123,15 @@ def _slot(decoder, past: Cache, prefix_BPT, positions_BPX, x_BPD, j, draft: Draf
   return decoder.final_norm(x), draft
 
 
-def _attend(q_BPHE, past: Cache, prefix_BPT, own: Cache, j):
-  """`attention.attention` of one slot in each stream: past keys [B, K, T, E], own keys [B, K, P, J, E] up to slot j.
+def _attend(config, q_BPHE, past: Cache, prefix_BP1T, own: Cache, j):
+  """Attention of one slot in each stream: past keys [B, K, T, E], own keys [B, K, P, J, E] up to slot j.
 
   Own keys are small matrices [J, E] even for one query: elementwise products and sums are 100 times slower on a CPU.
   """
-  B, P, H, E = q_BPHE.shape
-  K, T, J = past.k.shape[1], past.k.shape[2], own.k.shape[3]
-  q = (q_BPHE * E**-0.5).reshape(B, P, K, H // K, E).swapaxes(1, 2)
-  flat = lambda a: a.reshape(B, K, -1, a.shape[-1])
-  score = product("bkme,bkte->bkmt", flat(q), past.k).reshape(*q.shape[:-1], T)
-  own_score = product("bkpre,bkpje->bkprj", q, own.k)
-  score = jnp.where(prefix_BPT[:, None, :, None], score, MASKED)
-  own_score = jnp.where(jnp.arange(J) <= j, own_score, MASKED)
-  largest = jnp.maximum(jnp.max(score, axis=-1), jnp.max(own_score, axis=-1))[..., None]
-  weight, own_weight = jnp.exp(score - largest), jnp.exp(own_score - largest)
-  mixed = product("bkmt,bkte->bkme", flat(weight.astype(q.dtype)), past.v).reshape(q.shape)
-  mixed += product("bkprj,bkpje->bkpre", own_weight.astype(q.dtype), own.v)
-  mixed /= (jnp.sum(weight, axis=-1) + jnp.sum(own_weight, axis=-1))[..., None]
-  return mixed.astype(q_BPHE.dtype).swapaxes(1, 2).reshape(B, P, H, E)
+  up_to = (jnp.arange(own.k.shape[3]) <= j)[None, None, None]
+  heads_last = lambda cache: (jnp.moveaxis(a, 1, -2) for a in cache)
+  sets = [Keys(*heads_last(past), prefix_BP1T), Keys(*heads_last(own), up_to)]
+  return attention(q_BPHE[:, :, None], sets, config.attention, chunk=config.attention_chunk)[:, :, 0]
 
 
 def ahead(decoder: Decoder, x_BPAD, live_BPJ, facts: Pass, prefix: Cache, draft: Draft):
