@@ -5,8 +5,8 @@ Plan: python -m thinking_lm.plan --config=configs/pod/v5e_1b.py:RECIPE --topolog
 Command, on every host: python -m thinking_lm.train --config=configs/pod/v5e_1b.py:RECIPE --workdir=gs://B/RUN \
   --config.data.input=gs://B/corpus --config.data.tokenizer=sentencepiece:PATH
 Recipes: none, latent (persistent, n = 4), hybrid (private, n = 16, G = 4).
-Measured: never trained. Training step compiled at XLA O1 by libtpu 0.0.42.1, code of 58a479d, GiB a device of 15.75 and
-  the roofline's best seconds: none 0.84, 0.12 s; latent 8.83, 0.27 s (memory: weights once a call); hybrid
+Measured: never trained. Training step compiled at XLA O1 by libtpu 0.0.42.1, code of 68e78f3, GiB a device of 15.75 and
+  the roofline's best seconds: none 0.80, 0.12 s; latent 8.83, 0.27 s (memory: weights once a call); hybrid
   3.25, 0.31 s (memory: attention scores).
 Thoughts stand after every 64th token: a serial thought reads all weights once for each of its tokens, so that
 closer ones leave the chips waiting for memory. For the same reason latent splits the weights over `tensor` before

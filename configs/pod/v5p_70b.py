@@ -5,7 +5,7 @@ Plan: python -m thinking_lm.plan --config=configs/pod/v5p_70b.py:RECIPE --topolo
 Command, on every host: python -m thinking_lm.train --config=configs/pod/v5p_70b.py:RECIPE --workdir=gs://B/RUN \
   --config.data.input=gs://B/corpus --config.data.tokenizer=sentencepiece:PATH
 Recipes: none, latent (persistent, n = 4), hybrid (private, n = 16, G = 4).
-Measured: never trained. Training step compiled at XLA O1 by libtpu 0.0.42.1, code of 58a479d, GiB a device of 95.74 and
+Measured: never trained. Training step compiled at XLA O1 by libtpu 0.0.42.1, code of 68e78f3, GiB a device of 95.74 and
   the roofline's best seconds: none 46.95, 5.01 s; latent, in eight micro-batches, 69.14, 39.67 s; hybrid, in two
   micro-batches, 59.67, 10.97 s (in one 108.8 GiB, code of 2a47d05: `plan --fit` found the two).
 Thoughts stand after every 64th token: a serial thought reads all weights once for each of its tokens, so that

@@ -5,8 +5,8 @@ Plan: python -m thinking_lm.plan --config=configs/pod/v5p_8b.py:RECIPE --topolog
 Command, on every host: python -m thinking_lm.train --config=configs/pod/v5p_8b.py:RECIPE --workdir=gs://B/RUN \
   --config.data.input=gs://B/corpus --config.data.tokenizer=sentencepiece:PATH
 Recipes: none, latent (persistent, n = 4), hybrid (private, n = 16, G = 4).
-Measured: never trained. Training step compiled at XLA O1 by libtpu 0.0.42.1, code of 58a479d, GiB a device of 95.74 and
-  the roofline's best seconds: none 5.94, 1.16 s; latent, in four micro-batches, 40.54, 2.62 s (in eight 22.00, 4.57 s,
+Measured: never trained. Training step compiled at XLA O1 by libtpu 0.0.42.1, code of 68e78f3, GiB a device of 95.74 and
+  the roofline's best seconds: none 5.53, 1.16 s; latent, in four micro-batches, 40.54, 2.62 s (in eight 22.00, 4.57 s,
   code of d071e90: each reads all weights again); hybrid 21.22, 2.54 s.
 Thoughts stand after every 64th token: a serial thought reads all weights once for each of its tokens, so that
 closer ones leave the chips waiting for memory. For the same reason latent splits the weights over `tensor` before

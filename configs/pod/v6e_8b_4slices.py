@@ -5,7 +5,7 @@ Plan: python -m thinking_lm.plan --config=configs/pod/v6e_8b_4slices.py:RECIPE -
 Command, on every host: python -m thinking_lm.train --config=configs/pod/v6e_8b_4slices.py:RECIPE --workdir=gs://B/RUN \
   --config.data.input=gs://B/corpus --config.data.tokenizer=sentencepiece:PATH
 Recipes: none, latent (persistent, n = 4), hybrid (private, n = 16, G = 4).
-Measured: never trained. Training step compiled at XLA O1 by libtpu 0.0.42.1, code of 58a479d, GiB a device of 31.25 and
+Measured: never trained. Training step compiled at XLA O1 by libtpu 0.0.42.1, code of 68e78f3, GiB a device of 31.25 and
   the roofline's best seconds: none 3.93, 0.64 s; latent, in four micro-batches, 22.31, 3.86 s (in eight 11.36, 7.14 s,
   code of d071e90); hybrid 17.89, 1.53 s.
 Thoughts stand after every 64th token: a serial thought reads all weights once for each of its tokens, so that

@@ -3,7 +3,7 @@
 Two parts are never merged by a log-sum-exp that autodiff goes through: the usual kernels return one that is not
 differentiable, which makes such a merge right forward and wrong backward. `einsum` writes the one softmax out. The
 others work set by set, and their gradient is that of the whole operation (`merged`). `auto` takes the first while sets
-are small and chunks beyond, so that temporaries grow with the queries and never with queries x keys.
+are small and chunks beyond, so that temporaries, masks aside, grow with the queries and never with queries x keys.
 
 Inside, heads come first: queries [B, K, P, Q, R, E] with R = H / K, keys [B, K, S, E] when all streams share them and
 [B, K, P, S, E] when each has its own, so that every product is a plain batch of matrices, and shared keys are met by

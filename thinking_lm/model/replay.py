@@ -126,7 +126,8 @@ def _slot(decoder, past: Cache, prefix_BP1T, positions_BPX, x_BPD, j, draft: Dra
 def _attend(config, q_BPHE, past: Cache, prefix_BP1T, own: Cache, j):
   """Attention of one slot in each stream: past keys [B, K, T, E], own keys [B, K, P, J, E] up to slot j.
 
-  Own keys are small matrices [J, E] even for one query: elementwise products and sums are 100 times slower on a CPU.
+  Both are kept as attention has them inside: a loop would move the heads of all of them in each trip, and moved there
+  and back here they stay.
   """
   up_to = (jnp.arange(own.k.shape[3]) <= j)[None, None, None]
   heads_last = lambda cache: (jnp.moveaxis(a, 1, -2) for a in cache)
