@@ -144,12 +144,12 @@ def test_query_blocks_change_no_numbers(thought):
     np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5 * np.abs(right).max())
 
 
+DRAWN = ThoughtConfig(kind="sampled", length=2, topology="private", lookahead=2, samples=2, delimiters=True)
+
+
 @pytest.mark.parametrize(
   "backend,thought",
-  [
-    ("splash_interpret", ThoughtConfig(kind="pause", length=2)),
-    ("chunked", ThoughtConfig(kind="sampled", length=2, topology="private", lookahead=2, samples=2, delimiters=True)),
-  ],
+  [("splash_interpret", ThoughtConfig(kind="pause", length=2)), ("splash_interpret", DRAWN), ("chunked", DRAWN)],
 )
 def test_backends_of_attention_change_no_numbers(monkeypatch, backend, thought):
   calls, made = [], BACKENDS[backend].function
